@@ -1,0 +1,72 @@
+"""
+OB AI Studio's backend: every route and the scheduled function, and nothing else.
+
+    client ── POST /api/queue/create ──▶ D1 jobs (queued)
+                                          │  submit: RunPod /run
+                                          ▼
+                                   D1 jobs (running) ◀── poll_jobs, four rounds a minute
+                                          │  store: fetch the result, put it in R2
+                                          ▼
+                                   D1 jobs (done) ── result_url ──▶ client
+"""
+
+from typing import Any
+
+from chalice.app import Chalice, CloudWatchEvent, CORSConfig, Rate, Request, Response
+
+from chalicelib import api
+
+app = Chalice(app_name="ob-ai-studio", configure_logs=False)
+app.api.cors = CORSConfig(
+    allow_origin="*", allow_headers=["Authorization", "Content-Type"], expose_headers=["Retry-After"], max_age=600
+)
+
+
+@app.middleware("http")
+def shape_chalice_errors(event: Request, get_response: Any) -> Response:
+    return api.shape_chalice_errors(get_response(event))
+
+
+@app.route("/health", methods=["GET"])
+def get_health() -> Response:
+    return api.get_health(app.current_request)
+
+
+@app.route("/api/queue/create", methods=["POST"], content_types=api.BODY_TYPES)
+def create_job() -> Response:
+    return api.create_job(app.current_request)
+
+
+@app.route("/api/queue/status", methods=["GET"])
+def get_status() -> Response:
+    return api.get_status(app.current_request)
+
+
+@app.route("/api/queue/status/{job_id}", methods=["GET"])
+def get_status_by_path(job_id: str) -> Response:
+    return api.get_status(app.current_request, job_id)
+
+
+@app.route("/api/jobs", methods=["GET"])
+def list_jobs() -> Response:
+    return api.list_jobs(app.current_request)
+
+
+@app.route("/api/jobs/{job_id}", methods=["GET"])
+def get_job(job_id: str) -> Response:
+    return api.get_job(app.current_request, job_id)
+
+
+@app.route("/dev/runpod", methods=["POST"], content_types=api.BODY_TYPES)
+def send_job() -> Response:
+    return api.send_job(app.current_request)
+
+
+@app.route("/dev/runpod-poll", methods=["POST"], content_types=api.BODY_TYPES)
+def run_round() -> Response:
+    return api.run_round(app.current_request)
+
+
+@app.schedule(Rate(1, unit=Rate.MINUTES))
+def poll_jobs(event: CloudWatchEvent) -> dict[str, Any]:
+    return api.run_minute(event.context)

@@ -1,0 +1,184 @@
+"""Cloudflare D1 over its REST API: batches of SQL statements in, rows out."""
+
+import json
+import re
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from chalicelib import retry
+from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
+from chalicelib.runtime import Clock, Deadline
+from chalicelib.wire import Reply, Wire
+
+Row = dict[str, Any]
+
+MAX_STATEMENTS = 50  # D1 documents 100 a query
+MAX_PARAMS = 100  # a statement
+MAX_BODY_BYTES = 900_000  # the limit of api.cloudflare.com is not documented; a megabyte is known to pass
+MAX_ANSWER_BYTES = 32_000_000
+
+# What D1 says, in a 400 of its catch-all code 7500, when the statement itself is not at fault.
+# https://developers.cloudflare.com/d1/observability/debug-d1/
+NOT_OUR_SQL = re.compile(
+    r"internal error|network connection lost|storage caused object to be reset|reset because its code was updated"
+    r"|cannot resolve d1 db|client disconnected|exceeded timeout|exceeded its cpu",
+    re.IGNORECASE,
+)
+QUOTA = re.compile(r"exceeded D1's (free|daily)|daily row (read|write) limit", re.IGNORECASE)
+# A 429 of D1's own that was refused before it ran; other texts of it speak of a reset in the middle.
+NEVER_RAN = re.compile(r"queued for too long|overloaded|too many requests queued", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One SQL statement with its ?1, ?2… values."""
+
+    sql: str
+    params: tuple[str | float | None, ...] = ()
+
+
+class D1:
+    """
+    One database. Every batch that is sent here must be one that may be sent twice.
+
+    `calls_left` is what Cloudflare's Ratelimit header last said of the 1,200 calls in five minutes that all of the
+    account's tools share; over them it refuses everything for five minutes.
+    """
+
+    def __init__(
+        self, *, wire: Wire, clock: Clock, rng: Random, base_url: str, account_id: str, database_id: str, token: str
+    ) -> None:
+        self._wire = wire
+        self._clock = clock
+        self._rng = rng
+        self._url = f"{base_url}/accounts/{account_id}/d1/database/{database_id}/query"
+        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self._calls_left: tuple[int, float] | None = None
+        self._locked_until = 0.0
+
+    def calls_left(self) -> int | None:
+        """Calls left in Cloudflare's present window; None when that is not known, or known of a window that is over."""
+        if self._calls_left is None or self._clock.monotonic() > self._calls_left[1]:
+            return None
+        return self._calls_left[0]
+
+    def query(self, statements: list[Statement], *, timeout: float) -> list[list[Row]]:
+        """
+        Run the statements as one transaction; the rows of each.
+
+        Failures after which a repeat may help are repeated while the `timeout`, in seconds for all tries, lasts. Raises
+        TransientError, IndeterminateError or PermanentError.
+        """
+        body = _encode(statements)
+        deadline = Deadline(self._clock, timeout)
+        for failures in range(1, retry.CALL_ATTEMPTS + 1):
+            try:
+                return self._query_once(body, deadline)
+            except (TransientError, IndeterminateError) as error:
+                wait = retry.seconds_to_wait(retry.CALL, failures, rng=self._rng, retry_after=error.retry_after)
+                if failures == retry.CALL_ATTEMPTS or wait + 1 > deadline.left():
+                    raise
+                self._clock.sleep(wait)
+        raise AssertionError("the last try returns or raises")
+
+    def _query_once(self, body: bytes, deadline: Deadline) -> list[list[Row]]:
+        locked_for = self._locked_until - self._clock.monotonic()
+        if locked_for > 0:  # a call now would be refused, and might prolong it
+            raise _rate_limited(locked_for)
+        reply = self._wire.exchange(
+            "d1",
+            "POST",
+            self._url,
+            headers=self._headers,
+            body=body,
+            timeout=deadline.cap(_one_try(deadline)),
+            max_bytes=MAX_ANSWER_BYTES,
+        )
+        self._watch_rate(reply)
+        return _rows(reply)
+
+    def _watch_rate(self, reply: Reply) -> None:
+        # ratelimit: "default";r=1199;t=1 - calls left, and seconds until the window is over
+        if limit := re.search(r"\br=(\d+).*?\bt=(\d+)", reply.headers.get("ratelimit", "")):
+            self._calls_left = (int(limit[1]), self._clock.monotonic() + int(limit[2]))
+        if reply.status == 429 and reply.retry_after is not None:
+            self._locked_until = self._clock.monotonic() + reply.retry_after
+
+
+def _one_try(deadline: Deadline) -> float:
+    """Seconds for one try: most of what is left, so that a stalled one leaves time for another."""
+    return max(3.0, deadline.left() * 0.6)
+
+
+def _encode(statements: list[Statement]) -> bytes:
+    too_many_params = any(len(statement.params) > MAX_PARAMS for statement in statements)
+    # Lone surrogates, which a worker's text may hold, have no UTF-8 form.
+    body = json.dumps(
+        {"batch": [{"sql": statement.sql, "params": list(statement.params)} for statement in statements]},
+        ensure_ascii=False,
+    ).encode("utf-8", "replace")
+    if too_many_params or len(statements) > MAX_STATEMENTS or len(body) > MAX_BODY_BYTES:
+        raise PermanentError(
+            "d1_request_too_large",
+            f"A D1 request of {len(statements)} statements and {len(body)} bytes is over the limit.",
+            service="d1",
+        )
+    return body
+
+
+def _rows(reply: Reply) -> list[list[Row]]:
+    try:
+        envelope = json.loads(reply.body)
+    except ValueError:
+        envelope = None
+    if not isinstance(envelope, dict):
+        envelope = {}
+    result = envelope.get("result")
+    if reply.status == 200 and envelope.get("success") is True and isinstance(result, list):
+        try:
+            return [part["results"] for part in result]
+        except (KeyError, TypeError):
+            pass
+    raise _failure(reply, envelope)
+
+
+def _failure(reply: Reply, envelope: dict[str, Any]) -> ServiceError:
+    errors = envelope.get("errors")
+    first = errors[0] if isinstance(errors, list) and errors and isinstance(errors[0], dict) else {}
+    message = str(first.get("message", ""))[:500]
+    if reply.status == 429:
+        return _overloaded(reply, first.get("code"), message)
+    if reply.status in (401, 403):
+        return PermanentError(
+            "d1_unauthorized", f"D1 refused the token or the account (HTTP {reply.status}): {message}", service="d1"
+        )
+    if reply.status == 404:
+        return PermanentError("d1_not_found", f"D1 does not know the database: {message}", service="d1")
+    if 400 <= reply.status < 500:
+        return _refused(message)
+    return IndeterminateError(
+        "d1_bad_answer", f"D1 gave no usable answer (HTTP {reply.status}).", service="d1", retry_after=reply.retry_after
+    )
+
+
+def _overloaded(reply: Reply, code: object, message: str) -> ServiceError:
+    if code == 7429 and not NEVER_RAN.search(message):
+        return IndeterminateError(
+            "d1_reset", f"D1 was reset while it worked: {message}", service="d1", retry_after=reply.retry_after
+        )
+    return _rate_limited(reply.retry_after)
+
+
+def _rate_limited(retry_after: float | None) -> TransientError:
+    return TransientError(
+        "d1_rate_limited", "Cloudflare is refusing API calls for a while.", service="d1", retry_after=retry_after
+    )
+
+
+def _refused(message: str) -> ServiceError:
+    if QUOTA.search(message):
+        return TransientError("d1_quota", f"D1's daily quota is used up: {message}", service="d1", retry_after=900)
+    if NOT_OUR_SQL.search(message):
+        return IndeterminateError("d1_internal", f"D1 failed inside: {message}", service="d1")
+    return PermanentError("d1_sql", f"D1 refused the statement: {message}", service="d1")

@@ -1,0 +1,81 @@
+"""
+Every way this service fails; the class says what the catcher may do next.
+
+    ServiceError                a code for machines, a sentence with the next step for people
+    ├── RequestError            the caller's fault: nothing was written, the answer is 4xx
+    ├── SettingError            the operator's fault: a setting is missing or malformed
+    ├── TransientError          nothing happened: repeat it later, after retry_after if that is given
+    ├── IndeterminateError      it may have happened: repeat it only where a repeat does no harm
+    ├── PermanentError          repeating it as it is cannot help
+    └── IllegalTransition       a bug in this code: a job was asked to make a move it has not got
+"""
+
+# The HTTP status of every answer of ours that is no 2xx: by code where the caller is at fault, by class where not.
+REQUEST_STATUS = {
+    "body_not_json": 400,
+    "body_not_object": 400,
+    "body_too_large": 413,
+    "cursor_invalid": 400,
+    "id_required": 400,
+    "input_invalid": 400,
+    "job_final": 400,
+    "job_id_invalid": 400,
+    "job_not_found": 404,
+    "keys_not_configured": 401,
+    "limit_invalid": 400,
+    "method_not_allowed": 405,
+    "model_invalid": 400,
+    "prompt_required": 400,
+    "prompt_too_long": 400,
+    "request_refused": 400,
+    "status_invalid": 400,
+    "unauthorized": 401,
+    "unsupported_media_type": 415,
+}
+
+
+class ServiceError(Exception):
+    """Raised when something this service does cannot be done; `service` names the cloud it came from, if any."""
+
+    http_status = 500
+
+    def __init__(self, code: str, sentence: str, *, service: str = "", retry_after: float | None = None) -> None:
+        super().__init__(sentence)
+        self.code = code
+        self.sentence = sentence
+        self.service = service
+        self.retry_after = retry_after
+
+
+class RequestError(ServiceError):
+    """Raised when the caller has to change the request; its code stands in REQUEST_STATUS."""
+
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(code, sentence)
+        self.http_status = REQUEST_STATUS[code]
+
+
+class SettingError(ServiceError):
+    """Raised when a setting is missing or malformed; the sentence names it and never holds its value."""
+
+
+class TransientError(ServiceError):
+    """Raised when a call certainly had no effect, or is one that has none; the same call may work later."""
+
+    http_status = 503
+
+
+class IndeterminateError(ServiceError):
+    """Raised when a call may or may not have taken effect; only an idempotent one may be repeated."""
+
+    http_status = 503
+
+
+class PermanentError(ServiceError):
+    """Raised when a service has refused a call for good; repeating it unchanged gives the same answer."""
+
+    http_status = 502
+
+
+class IllegalTransition(ServiceError):
+    """Raised when a job is asked to make a move that TRANSITIONS does not have."""

@@ -1,0 +1,115 @@
+"""What a request may say: bodies, queries, ids and cursors, read and checked; a RequestError says what to change."""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from chalice.app import Request
+
+from chalicelib import jobs
+from chalicelib.errors import RequestError
+from chalicelib.jobs import Job, Status
+from chalicelib.store import NEWEST
+
+MAX_BODY_BYTES = 512 * 1024
+MAX_PROMPT_CHARS = 10_000
+MAX_MODEL_CHARS = 200
+MAX_ID_CHARS = 200
+DEFAULT_MODEL = "qwen-image"
+DEFAULT_LIMIT, MAX_LIMIT = 50, 100
+
+
+def read_body(request: Request, *, empty_is: dict[str, Any] | None = None) -> dict[str, Any]:
+    raw = request.raw_body
+    if len(raw) > MAX_BODY_BYTES:
+        raise RequestError("body_too_large", f"The body is over {MAX_BODY_BYTES // 1024} kB.")
+    if not raw.strip() and empty_is is not None:
+        return empty_is
+    try:
+        body = json.loads(raw, parse_constant=_no_constant)
+        # Refuses numbers that overflow to infinity and halves of characters, neither of which can be stored.
+        json.dumps(body, allow_nan=False, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise RequestError("body_not_json", "The body must be JSON in UTF-8.") from error
+    if not isinstance(body, dict):
+        raise RequestError("body_not_object", "The body must be a JSON object.")
+    return body
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_model(body: dict[str, Any]) -> str:
+    model = body.get("model")
+    if model is None:
+        return DEFAULT_MODEL
+    if not isinstance(model, str) or not model.strip() or len(model) > MAX_MODEL_CHARS or "\0" in model:
+        raise RequestError("model_invalid", f"model must be a name of 1 to {MAX_MODEL_CHARS} characters.")
+    return model.strip()
+
+
+def read_prompt_and_input(body: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
+    """The prompt to show, and the object for RunPod where it is not the default one."""
+    prompt, given = body.get("prompt"), body.get("input")
+    if given is not None and not isinstance(given, dict):
+        raise RequestError("input_invalid", "input must be a JSON object.")
+    if prompt is None and given is not None:
+        if not given:
+            raise RequestError(
+                "input_invalid", "input must not be empty: no worker takes that. Give it fields, or give a prompt."
+            )
+        return "", given
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise RequestError("prompt_required", "prompt is required")
+    if len(prompt) > MAX_PROMPT_CHARS:
+        raise RequestError(
+            "prompt_too_long", f"prompt must have at most {MAX_PROMPT_CHARS} characters; this one has {len(prompt)}."
+        )
+    if "\0" in prompt:
+        raise RequestError("prompt_required", "prompt must not contain the NUL character.")
+    return prompt, None if given is None else jobs.payload_from(given, prompt)
+
+
+def read_id(job_id: str) -> str:
+    if len(job_id) > MAX_ID_CHARS:
+        raise RequestError("job_not_found", "There is no job with this id.")
+    return job_id.strip()
+
+
+def query_of(request: Request) -> Mapping[str, str]:
+    # Chalice has None where there is no query.
+    return request.query_params or {}
+
+
+def read_limit(text: str | None) -> int:
+    if text is None:
+        return DEFAULT_LIMIT
+    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MAX_LIMIT):
+        raise RequestError("limit_invalid", f"limit must be a whole number from 1 to {MAX_LIMIT}.")
+    return int(text)
+
+
+def read_status(text: str | None) -> str | None:
+    if text is not None and text not in tuple(Status):
+        raise RequestError("status_invalid", f"status must be one of {', '.join(Status)}.")
+    return text
+
+
+def read_cursor(text: str | None) -> tuple[str, str]:
+    if text is None:
+        return NEWEST
+    try:
+        created_at, job_id = json.loads(base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True))
+        if not isinstance(created_at, str) or not isinstance(job_id, str):
+            raise ValueError("not two strings")
+        (created_at + job_id).encode("utf-8")
+    except (ValueError, TypeError, RecursionError, binascii.Error) as error:
+        raise RequestError("cursor_invalid", "cursor must be a next_cursor of an earlier answer.") from error
+    return created_at, job_id
+
+
+def make_cursor(job: Job) -> str:
+    return base64.urlsafe_b64encode(json.dumps([job.created_at, job.id]).encode()).decode().rstrip("=")

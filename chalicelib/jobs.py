@@ -1,0 +1,372 @@
+"""
+The job and its life: pure functions, no clock, no wire.
+
+    submit ──claim──▶ submitting ──accept──▶ poll ──complete──▶ store ──finish──▶ done
+      ▲ ▲                │  │                 │                   │ └─hold─▶ store
+      │ └─give_back/expire  └─fail─▶ error    ├─fail──▶ error     ├─fail─▶ error
+      └──────────rerun────────────────────────┘                   └─bury─▶ error (dead letter)
+                                              └─confirm_cancel─▶ cancelled
+
+`status` is what people see, `step` what the pipeline does next. A verb takes a job and returns the Change to save.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from random import Random
+from typing import Any
+
+from chalicelib import retry
+from chalicelib.errors import IllegalTransition, ServiceError
+
+
+class Status(StrEnum):
+    """What people see."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    ERROR = "error"
+    CANCELLED = "cancelled"
+
+
+class State(StrEnum):
+    """Where a job stands: its step while it is live, its status once it is final."""
+
+    SUBMIT = "submit"
+    SUBMITTING = "submitting"
+    POLL = "poll"
+    STORE = "store"
+    DONE = "done"
+    ERROR = "error"
+    CANCELLED = "cancelled"
+
+
+STATUS_OF = {
+    State.SUBMIT: Status.QUEUED,
+    State.SUBMITTING: Status.QUEUED,
+    State.POLL: Status.RUNNING,
+    State.STORE: Status.RUNNING,
+    State.DONE: Status.DONE,
+    State.ERROR: Status.ERROR,
+    State.CANCELLED: Status.CANCELLED,
+}
+
+# Every move there is. `claim`, `expire` and `accept` are made by queries.sql, which repeats the arrow in a comment.
+TRANSITIONS: Mapping[str, tuple[frozenset[State], State]] = {
+    "claim": (frozenset({State.SUBMIT}), State.SUBMITTING),
+    "expire": (frozenset({State.SUBMITTING}), State.SUBMIT),
+    "accept": (frozenset({State.SUBMIT, State.SUBMITTING}), State.POLL),
+    "doubt": (frozenset({State.SUBMITTING}), State.SUBMITTING),
+    "give_back": (frozenset({State.SUBMITTING}), State.SUBMIT),
+    "observe": (frozenset({State.POLL}), State.POLL),
+    "complete": (frozenset({State.POLL}), State.STORE),
+    "rerun": (frozenset({State.POLL}), State.SUBMIT),
+    "hold": (frozenset({State.STORE}), State.STORE),
+    "finish": (frozenset({State.STORE}), State.DONE),
+    "fail": (frozenset({State.SUBMITTING, State.POLL, State.STORE}), State.ERROR),
+    "bury": (frozenset({State.STORE}), State.ERROR),
+    "confirm_cancel": (frozenset({State.POLL}), State.CANCELLED),
+}
+
+FINAL = frozenset(State) - {state for sources, _ in TRANSITIONS.values() for state in sources}
+
+MAX_ERROR_CHARS = 2_000  # of error_message; a worker's traceback would fill the list that a page loads
+
+
+def to_text(moment: datetime) -> str:
+    """A moment as the table has it: ISO-8601, UTC, milliseconds, Z; sorts as time does."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+def from_text(text: str) -> datetime:
+    """A moment from the table; SQLite's own `YYYY-MM-DD HH:MM:SS` (UTC) is understood too. Raises ValueError."""
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One row of `jobs`; columns that a query did not select have their default."""
+
+    id: str
+    runpod_job_id: str | None = None
+    status: str = Status.QUEUED
+    prompt: str = ""
+    model: str = ""
+    result_r2_key: str | None = None
+    result_url: str | None = None
+    finished_at: str | None = None
+    error_message: str | None = None
+    created_at: str = ""
+    updated_at: str = ""
+    step: str | None = None
+    input: str | None = None
+    endpoint_id: str | None = None
+    version: int = 0
+    attempt: int = 0
+    failures: int = 0
+    due_at: str = ""
+    intent_version: int | None = None
+    runpod_status: str | None = None
+    outputs: str | None = None
+    error_code: str | None = None
+    dead_at: str | None = None
+    cancel_at: str | None = None
+    submitted_at: str | None = None
+    completed_at: str | None = None
+    queue_ms: int | None = None
+    execution_ms: int | None = None
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Job":
+        """A job from a row of any query on `jobs`; NULL in a column that has no None is its default."""
+        known = {column.name for column in fields(cls)}
+        return cls(**{name: value for name, value in row.items() if name in known and value is not None})
+
+    @property
+    def state(self) -> State:
+        """The step while live, else the status; a row of the earlier version has no step and stands where it looks."""
+        if self.status not in (Status.QUEUED, Status.RUNNING):
+            return State(self.status)
+        if self.step:
+            return State(self.step)
+        if self.runpod_job_id:
+            return State.POLL
+        return State.SUBMIT if self.status == Status.QUEUED else State.SUBMITTING
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """The `input` object that RunPod gets: the caller's own as it was given, or the default one."""
+        if self.input is not None:
+            payload: dict[str, Any] = json.loads(self.input)
+            return payload
+        return {"prompt": self.prompt, "model": self.model, "jobId": self.id}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What one save writes: the job as it shall be, with the version that was read, and one line of its timeline."""
+
+    job: Job
+    before: Job
+    event: str
+    detail: dict[str, Any] = field(default_factory=dict)
+    error: ServiceError | None = None
+    accepted: bool = False  # a fact about an attempt: guarded by the attempt and a NULL RunPod id, not by the version
+
+
+def new(*, job_id: str, prompt: str, model: str, payload: dict[str, Any] | None, now: datetime) -> Job:
+    """A job that waits to be submitted."""
+    created_at = to_text(now)
+    own_input = None if payload is None else json.dumps(payload, ensure_ascii=False)
+    return Job(
+        id=job_id,
+        prompt=prompt,
+        model=model,
+        input=own_input,
+        step=State.SUBMIT,
+        version=1,
+        due_at=created_at,
+        created_at=created_at,
+        updated_at=created_at,
+    )
+
+
+def payload_from(given: Mapping[str, Any], prompt: str) -> dict[str, Any]:
+    """The caller's `input`, with the prompt added only where it has neither `prompt` nor `workflow`."""
+    if not prompt or "prompt" in given or "workflow" in given:
+        return dict(given)
+    return {**given, "prompt": prompt}
+
+
+def result_key(job: Job, ending: str) -> str:
+    """
+    The R2 key of a job's first file: a function of the row alone, so that every repeat of an upload hits the same one.
+
+    An attempt after the first has a folder of its own, so that a late upload cannot overwrite a newer picture.
+    """
+    folder = job.id if job.attempt <= 1 else f"{job.id}/{job.attempt}"
+    return f"jobs/{job.created_at[0:4]}/{job.created_at[5:7]}/{folder}/output.{ending}"
+
+
+def _move(
+    job: Job,
+    verb: str,
+    *,
+    event: str,
+    now: datetime,
+    detail: dict[str, Any] | None = None,
+    error: ServiceError | None = None,
+    **columns: Any,
+) -> Change:
+    sources, target = TRANSITIONS[verb]
+    if job.state not in sources:
+        raise IllegalTransition("illegal_transition", f"Job {job.id} is at {job.state}; it cannot {verb}.")
+    live = target not in FINAL
+    moved = replace(
+        job,
+        status=STATUS_OF[target],
+        step=target.value if live else None,
+        finished_at=None if live else to_text(now),
+        **columns,
+    )
+    why = {"code": error.code, "reason": error.sentence[:MAX_ERROR_CHARS]} if error else {}
+    return Change(
+        job=moved,
+        before=job,
+        event=event,
+        detail={"attempt": job.attempt, **why, **(detail or {})},
+        error=error,
+        accepted=verb == "accept",
+    )
+
+
+def accept(job: Job, *, runpod_job_id: str, runpod_status: str, now: datetime) -> Change:
+    """RunPod has taken this attempt; it is looked at from now on."""
+    return _move(
+        job,
+        "accept",
+        event="submitted",
+        detail={"runpod_job_id": runpod_job_id},
+        now=now,
+        runpod_job_id=runpod_job_id,
+        runpod_status=runpod_status,
+        submitted_at=to_text(now),
+        due_at=to_text(now),
+        failures=0,
+    )
+
+
+def doubt(job: Job, error: ServiceError, *, now: datetime) -> Change:
+    """RunPod's answer to /run was lost: it may be drawing. The claim's due_at says when it is sent again."""
+    return _move(job, "doubt", event="submit_unknown", error=error, now=now)
+
+
+def give_back(job: Job, error: ServiceError, *, now: datetime, rng: Random) -> Change:
+    """RunPod certainly has not taken this attempt: it counts as not made, and is made again after a while."""
+    failures = job.failures + 1
+    wait = retry.seconds_to_wait(retry.SUBMIT, failures, rng=rng, retry_after=error.retry_after)
+    due_at = to_text(now + timedelta(seconds=wait))
+    return _move(
+        job,
+        "give_back",
+        event="submit_refused",
+        error=error,
+        detail={"next_at": due_at},
+        now=now,
+        attempt=job.attempt - 1,
+        failures=failures,
+        due_at=due_at,
+    )
+
+
+def return_unsent(job: Job, *, now: datetime) -> Change:
+    """The claim was made but there was no time to send it: due again at once, with nothing counted against it."""
+    return _move(job, "give_back", event="not_sent", now=now, attempt=job.attempt - 1, due_at=to_text(now))
+
+
+def observe(job: Job, *, runpod: Mapping[str, Any], now: datetime) -> Change:
+    """RunPod says something new of an unfinished run, such as that a worker has begun."""
+    return _move(job, "observe", event="observed", detail={"runpod_status": runpod["runpod_status"]}, now=now, **runpod)
+
+
+def complete(job: Job, *, lease_until: str, runpod: Mapping[str, Any], now: datetime) -> Change:
+    """RunPod is finished, and forgets the result in half an hour; whoever saves this stores it."""
+    detail = {name: runpod[name] for name in ("queue_ms", "execution_ms") if runpod.get(name) is not None}
+    return _move(
+        job,
+        "complete",
+        event="completed",
+        detail=detail,
+        now=now,
+        completed_at=to_text(now),
+        due_at=lease_until,
+        failures=0,
+        **runpod,
+    )
+
+
+def rerun(job: Job, error: ServiceError, *, runpod: Mapping[str, Any], now: datetime) -> Change:
+    """RunPod itself lost or dropped the run, which is no fault of the job: one more attempt."""
+    return _move(
+        job,
+        "rerun",
+        event="attempt_lost",
+        error=error,
+        now=now,
+        due_at=to_text(now),
+        failures=0,
+        **runpod,
+    )
+
+
+def fail(job: Job, error: ServiceError, *, now: datetime, runpod: Mapping[str, Any] | None = None) -> Change:
+    """Nothing is left to try."""
+    return _move(
+        job,
+        "fail",
+        event="failed",
+        error=error,
+        now=now,
+        error_code=error.code,
+        error_message=error.sentence[:MAX_ERROR_CHARS],
+        **(runpod or {}),
+    )
+
+
+def confirm_cancel(job: Job, *, runpod: Mapping[str, Any], now: datetime) -> Change:
+    """RunPod has stopped the run that a user cancelled."""
+    return _move(job, "confirm_cancel", event="cancelled", now=now, **runpod)
+
+
+def hold(job: Job, error: ServiceError, *, now: datetime, rng: Random) -> Change:
+    """The result is there but could not be fetched or put: once more after a while."""
+    failures = job.failures + 1
+    due_at = to_text(
+        now + timedelta(seconds=retry.seconds_to_wait(retry.STORE, failures, rng=rng, retry_after=error.retry_after))
+    )
+    return _move(
+        job,
+        "hold",
+        event="store_failed",
+        error=error,
+        detail={"next_at": due_at},
+        now=now,
+        failures=failures,
+        due_at=due_at,
+    )
+
+
+def bury(job: Job, error: ServiceError, *, now: datetime) -> Change:
+    """The result could not be stored while RunPod had it: a dead letter, for the operator to see."""
+    return _move(
+        job,
+        "bury",
+        event="dead_letter",
+        error=error,
+        now=now,
+        error_code=error.code,
+        error_message=error.sentence[:MAX_ERROR_CHARS],
+        dead_at=to_text(now),
+    )
+
+
+def finish(job: Job, outputs: list[dict[str, Any]], *, now: datetime) -> Change:
+    """Every file of the result is in R2."""
+    first = outputs[0]
+    return _move(
+        job,
+        "finish",
+        event="done",
+        detail={"key": first["key"], "bytes": first["bytes"]},
+        now=now,
+        result_r2_key=first["key"],
+        result_url=first["url"],
+        outputs=json.dumps(outputs, ensure_ascii=False),
+        error_code=None,
+        error_message=None,
+        failures=0,
+    )

@@ -1,0 +1,74 @@
+"""What is logged and in which words: one JSON line an event, never a prompt, a key or a signed link."""
+
+import json
+import logging
+import sys
+from typing import Any
+
+from chalicelib.errors import ServiceError
+from chalicelib.jobs import Change, to_text
+from chalicelib.runtime import Clock
+
+_logger = logging.getLogger("ob-ai-studio")
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "at": to_text(Clock().now()),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def set_up() -> None:
+    """Send our lines to standard error, once a process; Chalice's own logger says nothing below ERROR."""
+    if _logger.handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines())
+    _logger.addHandler(handler)
+    _logger.setLevel(logging.INFO)
+    _logger.propagate = False
+
+
+def _write(level: int, message: str, *, exc_info: bool = False, **fields: Any) -> None:
+    _logger.log(
+        level,
+        message,
+        exc_info=exc_info,
+        extra={"fields": {name: value for name, value in fields.items() if value is not None}},
+    )
+
+
+def saved(change: Change) -> None:
+    """A job has made a move, and it is in the table."""
+    _write(
+        logging.INFO,
+        change.event,
+        job_id=change.job.id,
+        attempt=change.job.attempt,
+        runpod_job_id=change.job.runpod_job_id,
+        step_from=change.before.state,
+        step_to=change.job.state,
+        code=change.error.code if change.error else None,
+    )
+
+
+def failed(what: str, error: ServiceError, *, job_id: str | None = None) -> None:
+    """Something did not work that is tried again, or that the caller was told of."""
+    _write(logging.WARNING, what, code=error.code, reason=error.sentence, service=error.service or None, job_id=job_id)
+
+
+def crashed(what: str, *, job_id: str | None = None) -> None:
+    """A bug: called while the exception is handled; its traceback goes into the line."""
+    _write(logging.ERROR, what, exc_info=True, job_id=job_id)
+
+
+def round_over(*, checked: int, submitted: int, updated: int, seconds: float) -> None:
+    """One pass of the pipeline is over."""
+    _write(logging.INFO, "round", checked=checked, submitted=submitted, updated=updated, seconds=round(seconds, 2))

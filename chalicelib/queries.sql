@@ -1,0 +1,255 @@
+-- What may happen to the table. Each statement: its name, a sentence, its arrow in jobs.TRANSITIONS if it has one.
+-- :name is bound by name; store.py turns it into D1's ?1. JSON numbers that are bound arrive as REAL, so counts are CAST
+-- and rows come as one JSON text through json_each, which keeps integers.
+-- Every batch made of these may be sent again with the same parameters: its nonce makes a repeat do nothing new.
+
+
+-- name: create_jobs
+-- Insert the rows that are not there yet.
+INSERT INTO jobs (id, status, step, prompt, model, input, endpoint_id, version, attempt, intent_version, due_at, claimer, created_at, updated_at)
+SELECT
+  json_extract(value, '$.id'), 'queued', json_extract(value, '$.step'), json_extract(value, '$.prompt'), json_extract(value, '$.model'),
+  json_extract(value, '$.input'), json_extract(value, '$.endpoint_id'), json_extract(value, '$.version'), json_extract(value, '$.attempt'),
+  json_extract(value, '$.intent_version'), json_extract(value, '$.due_at'), :nonce,
+  json_extract(value, '$.created_at'), json_extract(value, '$.updated_at')
+FROM json_each(:rows)
+WHERE true
+ON CONFLICT (id) DO NOTHING
+
+
+-- name: log_created
+-- The first line of each new job's timeline, written only by the request that made the job.
+INSERT INTO job_events (job_id, version, n, at, event, detail)
+SELECT id, version, 0, created_at, 'created', json_object('attempt', attempt)
+FROM jobs
+WHERE id IN (SELECT json_extract(value, '$.id') FROM json_each(:rows)) AND claimer = :nonce
+ON CONFLICT DO NOTHING
+
+
+-- name: adopt_old_rows_event
+-- The timeline of live rows of the earlier version begins where we find them.
+INSERT INTO job_events (job_id, version, n, at, event, detail)
+SELECT id, version + 1, 0, :now, 'adopted', json_object('status', status, 'runpod_job_id', runpod_job_id)
+FROM jobs
+WHERE step IS NULL AND status IN ('queued', 'running')
+ON CONFLICT DO NOTHING
+
+
+-- name: adopt_old_rows
+-- Give live rows of the earlier version the step they stand at: sent ones are polled, unsent ones submitted, and a
+-- running one without an id is a submit whose answer was lost.
+UPDATE jobs
+SET
+  step = CASE
+    WHEN coalesce(runpod_job_id, '') <> '' THEN 'poll'
+    WHEN status = 'queued' THEN 'submit'
+    ELSE 'submitting'
+  END,
+  status = CASE WHEN coalesce(runpod_job_id, '') <> '' THEN 'running' ELSE 'queued' END,
+  version = version + 1
+WHERE step IS NULL AND status IN ('queued', 'running')
+
+
+-- name: expire_submits_event
+-- Say in the timeline that the next attempt may be the second one paid for.
+INSERT INTO job_events (job_id, version, n, at, event, detail)
+SELECT id, version + 1, 0, :now, 'possible_duplicate', json_object('attempt', attempt)
+FROM jobs
+WHERE status IN ('queued', 'running') AND step = 'submitting' AND due_at <= :now
+ON CONFLICT DO NOTHING
+
+
+-- name: expire_submits
+-- expire: submitting -> submit. RunPod's answer never came; the attempt stays counted.
+UPDATE jobs
+SET step = 'submit', status = 'queued', version = version + 1, due_at = :now, updated_at = :now
+WHERE status IN ('queued', 'running') AND step = 'submitting' AND due_at <= :now
+
+
+-- name: claim_submits
+-- claim: submit -> submitting. The intent is on disk before any paid call; at most :limit rows and :bytes of input.
+UPDATE jobs
+SET
+  step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
+  runpod_job_id = NULL, runpod_status = NULL, endpoint_id = :endpoint_id, claimer = :nonce, due_at = :unknown_at, updated_at = :now
+WHERE id IN (
+  SELECT id
+  FROM (
+    SELECT
+      id,
+      row_number() OVER oldest AS nth,
+      sum(length(prompt) + coalesce(length(input), 0)) OVER oldest AS bytes
+    FROM (
+      SELECT id, due_at, prompt, input
+      FROM jobs
+      WHERE status IN ('queued', 'running') AND step = 'submit' AND due_at <= :now
+      ORDER BY due_at
+      LIMIT CAST(:limit AS INTEGER)
+    )
+    WINDOW oldest AS (ORDER BY due_at, id)
+  )
+  WHERE nth = 1 OR bytes <= CAST(:bytes AS INTEGER)
+)
+
+
+-- name: claim_one_submit
+-- claim: submit -> submitting. One job by its id, or the oldest one where :id is NULL, whether it is due or not.
+UPDATE jobs
+SET
+  step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
+  runpod_job_id = NULL, runpod_status = NULL, endpoint_id = :endpoint_id, claimer = :nonce, due_at = :unknown_at, updated_at = :now
+WHERE id = coalesce(:id, (
+    SELECT id FROM jobs WHERE status = 'queued' AND step = 'submit' ORDER BY created_at, id LIMIT 1
+  ))
+  AND step = 'submit' AND status IN ('queued', 'running')
+  -- A repeat of this batch must not take a second job.
+  AND NOT EXISTS (SELECT 1 FROM jobs WHERE claimer = :nonce AND status IN ('queued', 'running'))
+
+
+-- name: log_claimed_submits
+-- The timeline of the rows whose intent this claim has written.
+INSERT INTO job_events (job_id, version, n, at, event, detail)
+SELECT id, version, 0, :now, 'submitting', json_object('attempt', attempt, 'endpoint_id', endpoint_id)
+FROM jobs
+WHERE claimer = :nonce AND status IN ('queued', 'running') AND step = 'submitting' AND intent_version = version
+ON CONFLICT DO NOTHING
+
+
+-- name: claim_polls
+-- Take due polls for this round. No lease and no new version: looking twice does no harm.
+UPDATE jobs
+SET claimer = :nonce, due_at = :poll_again_at
+WHERE id IN (
+  SELECT id
+  FROM jobs
+  WHERE status IN ('queued', 'running') AND step = 'poll' AND due_at <= :poll_due
+  ORDER BY due_at
+  LIMIT CAST(:limit AS INTEGER)
+)
+
+
+-- name: claim_stores
+-- Take finished results whose lease has ended, for as long as this invocation can live.
+UPDATE jobs
+SET claimer = :nonce, due_at = :lease_until, version = version + 1, updated_at = :now
+WHERE id IN (
+  SELECT id
+  FROM jobs
+  WHERE status IN ('queued', 'running') AND step = 'store' AND due_at <= :now
+  ORDER BY due_at
+  LIMIT CAST(:limit AS INTEGER)
+)
+
+
+-- name: select_claimed
+-- What this nonce holds, oldest first. A submit whose intent is not of this version is not ours to send; the payload is
+-- read only where it is sent.
+SELECT
+  id, status, step, version, attempt, failures, due_at, intent_version, runpod_job_id, endpoint_id, model,
+  CASE WHEN step = 'submitting' THEN prompt END AS prompt,
+  CASE WHEN step = 'submitting' THEN input END AS input,
+  created_at, updated_at, submitted_at, completed_at, cancel_at, runpod_status, queue_ms, execution_ms
+FROM jobs
+WHERE claimer = :nonce AND status IN ('queued', 'running') AND (step IN ('poll', 'store') OR (step = 'submitting' AND intent_version = version))
+ORDER BY created_at, id
+
+
+-- name: record_accepted
+-- accept: submit, submitting -> poll. That RunPod took attempt N as X is a fact, whatever was saved meanwhile: it is
+-- guarded by the attempt and by there being no id yet.
+UPDATE jobs
+SET
+  status = 'running', step = 'poll', version = version + 1, writer = :nonce, claimer = NULL, failures = 0, updated_at = :now,
+  runpod_job_id = json_extract(row.value, '$.runpod_job_id'),
+  runpod_status = json_extract(row.value, '$.runpod_status'),
+  submitted_at = json_extract(row.value, '$.submitted_at'),
+  due_at = json_extract(row.value, '$.due_at')
+FROM json_each(:accepted) AS row
+WHERE jobs.id = json_extract(row.value, '$.id')
+  AND jobs.attempt = json_extract(row.value, '$.attempt')
+  AND jobs.runpod_job_id IS NULL
+  AND jobs.step IN ('submit', 'submitting')
+
+
+-- name: save_changes
+-- Any other move, if the row is still as it was read. A save ends every claim on the row, so that a claim whose answer
+-- was lost cannot find it again at a later step; cancel_at is the user's and is not touched.
+UPDATE jobs
+SET
+  version = jobs.version + 1, writer = :nonce, claimer = NULL, updated_at = :now,
+  status = json_extract(row.value, '$.status'),
+  step = json_extract(row.value, '$.step'),
+  attempt = json_extract(row.value, '$.attempt'),
+  failures = json_extract(row.value, '$.failures'),
+  due_at = json_extract(row.value, '$.due_at'),
+  runpod_status = json_extract(row.value, '$.runpod_status'),
+  outputs = json_extract(row.value, '$.outputs'),
+  result_r2_key = json_extract(row.value, '$.result_r2_key'),
+  result_url = json_extract(row.value, '$.result_url'),
+  finished_at = json_extract(row.value, '$.finished_at'),
+  error_code = json_extract(row.value, '$.error_code'),
+  error_message = json_extract(row.value, '$.error_message'),
+  dead_at = json_extract(row.value, '$.dead_at'),
+  submitted_at = json_extract(row.value, '$.submitted_at'),
+  completed_at = json_extract(row.value, '$.completed_at'),
+  queue_ms = json_extract(row.value, '$.queue_ms'),
+  execution_ms = json_extract(row.value, '$.execution_ms')
+FROM json_each(:guarded) AS row
+WHERE jobs.id = json_extract(row.value, '$.id')
+  AND jobs.version = json_extract(row.value, '$.version')
+  AND jobs.status IN ('queued', 'running')
+
+
+-- name: log_saved
+-- The timeline of the rows that this batch has won, and of no other.
+INSERT INTO job_events (job_id, version, n, at, event, detail)
+SELECT jobs.id, jobs.version, json_extract(line.value, '$.n'), :now, json_extract(line.value, '$.event'), json_extract(line.value, '$.detail')
+FROM json_each(:lines) AS line
+JOIN jobs ON jobs.id = json_extract(line.value, '$.id')
+WHERE jobs.writer = :nonce
+ON CONFLICT DO NOTHING
+
+
+-- name: select_winners
+-- The rows whose last save was this batch.
+SELECT jobs.id, jobs.version
+FROM json_each(:lines) AS line
+JOIN jobs ON jobs.id = json_extract(line.value, '$.id')
+WHERE jobs.writer = :nonce
+
+
+-- name: select_job
+-- One job, whole.
+SELECT * FROM jobs WHERE id = :id
+
+
+-- name: select_runpod_ids
+-- Which run each of these jobs has recorded.
+SELECT id, runpod_job_id, attempt, status FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))
+
+
+-- name: select_timeline
+-- What happened to one job, oldest first.
+SELECT version, n, at, event, detail FROM job_events WHERE job_id = :id ORDER BY version, n LIMIT 500
+
+
+-- name: list_jobs
+-- Newest first, after the row that the cursor names.
+SELECT
+  id, runpod_job_id, status, step, prompt, model, result_r2_key, result_url, finished_at, error_message, error_code, created_at, updated_at,
+  version, attempt, failures, due_at, runpod_status, outputs, dead_at, cancel_at, submitted_at, completed_at, queue_ms, execution_ms
+FROM jobs
+WHERE (created_at, id) < (:created_at, :id)
+ORDER BY created_at DESC, id DESC
+LIMIT CAST(:limit AS INTEGER)
+
+
+-- name: list_jobs_by_status
+-- The same, of one status.
+SELECT
+  id, runpod_job_id, status, step, prompt, model, result_r2_key, result_url, finished_at, error_message, error_code, created_at, updated_at,
+  version, attempt, failures, due_at, runpod_status, outputs, dead_at, cancel_at, submitted_at, completed_at, queue_ms, execution_ms
+FROM jobs
+WHERE status = :status AND (created_at, id) < (:created_at, :id)
+ORDER BY created_at DESC, id DESC
+LIMIT CAST(:limit AS INTEGER)

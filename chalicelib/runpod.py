@@ -1,0 +1,160 @@
+"""RunPod's queue API: send a run, ask for it, stop it. It has no idempotency key, so /run is sent once."""
+
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+from urllib.parse import quote
+
+from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
+from chalicelib.wire import Reply, Wire
+
+MAX_ANSWER_BYTES = 32_000_000  # RunPod bounds a result at 20 MB
+FINAL_REFUSALS = (400, 413, 422)  # the payload is at fault; 400 is also how a body over 10 MiB is answered
+CERTAIN_REFUSALS = (401, 403, 404, 429)  # key, endpoint or rate: nothing was accepted, and it may be later
+
+
+class Verdict(StrEnum):
+    """What RunPod says of a run. Anything it says that is not in here, such as RUNNING, is UNFINISHED."""
+
+    UNFINISHED = "UNFINISHED"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    TIMED_OUT = "TIMED_OUT"
+    NOT_FOUND = "NOT_FOUND"  # HTTP 404: not indexed yet, forgotten, or lost
+
+
+@dataclass(frozen=True)
+class Answer:
+    """RunPod's answer to /status; times in milliseconds, of the current dispatch only."""
+
+    verdict: Verdict
+    status: str = ""
+    output: Any = field(default=None, repr=False)
+    error: str = ""
+    queue_ms: int | None = None
+    execution_ms: int | None = None
+
+
+class Runpod:
+    """One RunPod account; the endpoint is named in each call."""
+
+    def __init__(self, *, wire: Wire, base_url: str, api_key: str) -> None:
+        self._wire = wire
+        self._base_url = base_url
+        self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
+
+    def run(self, endpoint_id: str, payload: dict[str, Any], *, timeout: float) -> tuple[str, str]:
+        """
+        Begin a paid run; its id and status.
+
+        Raises PermanentError where the payload is refused for good, TransientError where nothing was accepted now, and
+        IndeterminateError where it may have been: that one must not be sent again blindly.
+        """
+        reply = self._call("POST", endpoint_id, "run", timeout=timeout, body={"input": payload})
+        if reply.status != 200:
+            raise _refusal(reply)
+        answer = _object(reply.body)
+        run_id, status = answer.get("id"), answer.get("status")
+        if not isinstance(run_id, str) or not run_id:
+            raise IndeterminateError(
+                "runpod_bad_answer", "RunPod accepted the request but named no run.", service="runpod"
+            )
+        return run_id, status if isinstance(status, str) else ""
+
+    def status(self, endpoint_id: str, run_id: str, *, timeout: float) -> Answer:
+        """
+        Ask for a run; asking changes nothing. Raises TransientError where there is no usable answer.
+
+        No parameter may ever be added to this URL: `?ttl=` would set the run's lifetime.
+        """
+        try:
+            reply = self._call("GET", endpoint_id, f"status/{quote(run_id, safe='')}", timeout=timeout)
+        except IndeterminateError as error:
+            raise TransientError(error.code, error.sentence, service="runpod") from error
+        if reply.status == 404:
+            return Answer(Verdict.NOT_FOUND)
+        answer = _object(reply.body)
+        # In RunPod's error envelope `status` is the HTTP number; in a job it is a word.
+        status = answer.get("status")
+        if reply.status != 200 or not isinstance(status, str):
+            raise TransientError(
+                "runpod_bad_answer",
+                f"RunPod gave no usable status (HTTP {reply.status}).",
+                service="runpod",
+                retry_after=reply.retry_after,
+            )
+        return Answer(
+            verdict=_verdict(status),
+            status=status,
+            output=answer.get("output"),
+            error=_text(answer.get("error")),
+            queue_ms=_milliseconds(answer.get("delayTime")),
+            execution_ms=_milliseconds(answer.get("executionTime")),
+        )
+
+    def cancel(self, endpoint_id: str, run_id: str, *, timeout: float) -> None:
+        """Stop a run that waits or works; one that RunPod no longer knows is fine. Raises as run() does."""
+        reply = self._call("POST", endpoint_id, f"cancel/{quote(run_id, safe='')}", timeout=timeout)
+        if reply.status not in (200, 404):
+            raise _refusal(reply)
+
+    def _call(
+        self, method: str, endpoint_id: str, operation: str, *, timeout: float, body: dict[str, Any] | None = None
+    ) -> Reply:
+        url = f"{self._base_url}/{quote(endpoint_id, safe='')}/{operation}"
+        data = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        return self._wire.exchange(
+            "runpod", method, url, headers=self._headers, body=data, timeout=timeout, max_bytes=MAX_ANSWER_BYTES
+        )
+
+
+def _refusal(reply: Reply) -> ServiceError:
+    reason = _text(_object(reply.body).get("detail") or _object(reply.body).get("error"))[:300]
+    said = f" (HTTP {reply.status}{': ' + reason if reason else ''})"
+    if reply.status in FINAL_REFUSALS:
+        return PermanentError("runpod_refused", f"RunPod refused the input{said}.", service="runpod")
+    if reply.status == 429:
+        return TransientError(
+            "runpod_busy",
+            f"RunPod takes no more requests for a while{said}.",
+            service="runpod",
+            retry_after=reply.retry_after,
+        )
+    if reply.status in CERTAIN_REFUSALS:
+        return TransientError(
+            "runpod_rejected",
+            f"RunPod rejected the key or does not know the endpoint{said}; check the settings.",
+            service="runpod",
+        )
+    return IndeterminateError(
+        "runpod_bad_answer", f"RunPod gave no usable answer{said}.", service="runpod", retry_after=reply.retry_after
+    )
+
+
+def _verdict(status: str) -> Verdict:
+    final = (Verdict.COMPLETED, Verdict.FAILED, Verdict.CANCELLED, Verdict.TIMED_OUT)
+    return Verdict(status) if status in final else Verdict.UNFINISHED
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def _text(value: object) -> str:
+    """An error as text; a worker's exception comes as JSON in a string, of which only the message is for people."""
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    inner = _object(text.encode("utf-8", "replace"))
+    message = inner.get("error_message")
+    return message if isinstance(message, str) and message else text
+
+
+def _milliseconds(value: object) -> int | None:
+    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e12 else None

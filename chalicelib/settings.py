@@ -1,0 +1,157 @@
+"""The settings: environment variables, read in one place on first use, never at import."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from chalicelib.errors import SettingError
+
+ENV_FILE = Path(__file__).parent.parent / ".env.local"
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _url(value: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", value):
+        raise ValueError("an http(s) URL without query")
+    return value.rstrip("/")
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", value):
+        raise ValueError("made of letters, digits, dots, dashes and underscores")
+    return value
+
+
+def _flag(value: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise ValueError("true or false")
+    return value.lower() == "true"
+
+
+def _count(value: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", value):
+        raise ValueError("a whole number of 1 or more")
+    return int(value)
+
+
+def _parts(value: str) -> frozenset[str]:
+    return frozenset(part.strip() for part in value.split(",") if part.strip())
+
+
+def _hashes(value: str) -> frozenset[str]:
+    hashes = frozenset(part.lower() for part in _parts(value))
+    if not all(re.fullmatch(r"[0-9a-f]{64}", part) for part in hashes):
+        raise ValueError("a comma-separated list of SHA-256 hashes, 64 hexadecimal digits each")
+    return hashes
+
+
+def _hosts(value: str) -> frozenset[str]:
+    hosts = _parts(value)
+    if not all(re.fullmatch(r"[^\s:]+:[0-9]{1,5}", host) for host in hosts):
+        raise ValueError("a comma-separated list of host:port")
+    return hosts
+
+
+def _setting(about: str, parse: Callable[[str], Any] = _text, *, default: str | None = None) -> Any:
+    metadata = {"about": about, "parse": parse, "default": default}
+    return field(metadata=metadata) if default is None else field(default=parse(default), metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Settings:
+    """Every setting; a field's environment variable is its name in capitals."""
+
+    runpod_api_key: str = _setting("RunPod API key")
+    runpod_endpoint_id: str = _setting("The serverless endpoint that draws", _name)
+    runpod_api_base: str = _setting("RunPod's queue API", _url, default="https://api.runpod.ai/v2")
+    cloudflare_account_id: str = _setting("Cloudflare account that has the D1 database and the R2 bucket", _name)
+    cloudflare_api_token: str = _setting("API token with D1 Write")
+    d1_database_id: str = _setting("Id of the D1 database", _name)
+    cloudflare_api_base: str = _setting("Cloudflare's API", _url, default="https://api.cloudflare.com/client/v4")
+    r2_bucket: str = _setting("Bucket for the pictures", _name, default="ob-ai-results")
+    r2_access_key_id: str = _setting("Access key of an R2 token that may write the bucket")
+    r2_secret_access_key: str = _setting("Its secret")
+    r2_endpoint_url: str = _setting(
+        "R2's S3 endpoint; empty: made from the account id", lambda value: value and _url(value), default=""
+    )
+    r2_public_base_url: str = _setting("Where the bucket is public; result_url is this and the key", _url)
+    api_key_hashes: frozenset[str] = _setting(
+        "Comma-separated SHA-256 hashes of the accepted API keys; empty: every request is refused", _hashes, default=""
+    )
+    allow_anonymous: bool = _setting(
+        "`true` opens create and status to callers without a key, for the time of a move", _flag, default="false"
+    )
+    result_allowed_private_hosts: frozenset[str] = _setting(
+        "Comma-separated host:port that a worker's link may point to although private; for development",
+        _hosts,
+        default="",
+    )
+    submit_unknown_wait: int = _setting(
+        "Seconds to wait after a lost answer to a paid /run before it is sent again", _count, default="600"
+    )
+    max_attempts: int = _setting("Attempts of a job whose run RunPod itself lost or timed out", _count, default="2")
+
+    @property
+    def r2_endpoint(self) -> str:
+        """The S3 endpoint to use."""
+        return self.r2_endpoint_url or f"https://{self.cloudflare_account_id}.r2.cloudflarestorage.com"
+
+
+def load(environ: Mapping[str, str] = os.environ, *, env_file: Path | None = None, only: str = "") -> Settings:
+    """
+    The settings from the environment and, outside Lambda, from the file, over which the environment wins.
+
+    With `only`, a regular expression, settings whose names it does not match may be missing; they are empty then.
+    Raises SettingError, whose sentence names the first setting that is missing or malformed.
+    """
+    in_file = read_env_file(env_file or ENV_FILE) if "AWS_LAMBDA_FUNCTION_NAME" not in environ else {}
+    return Settings(**_parse({**in_file, **environ}, re.compile(only)))
+
+
+def _parse(given: Mapping[str, str], needed: re.Pattern[str]) -> dict[str, Any]:
+    values = {}
+    for entry in fields(Settings):
+        name = entry.name.upper()
+        text = given.get(name, "").strip()
+        if not text:
+            if entry.default is MISSING and not needed.match(name):
+                values[entry.name] = ""
+            elif entry.default is MISSING:
+                raise SettingError(
+                    "setting_missing", f"Setting {name} is missing: {entry.metadata['about']}. Set it and try again."
+                )
+            continue
+        try:
+            values[entry.name] = entry.metadata["parse"](text)
+        except ValueError as error:
+            raise SettingError("setting_malformed", f"Setting {name} is malformed: it must be {error}.") from error
+    return values
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """NAME=value lines; none where there is no file. Raises SettingError that names the line which cannot be read."""
+    if not path.exists():
+        return {}
+    # Only development has the file, so only requirements-dev.txt has the package.
+    from dotenv.parser import parse_stream
+
+    values = {}
+    try:
+        with path.open(encoding="utf-8") as stream:
+            for binding in parse_stream(stream):
+                if binding.error or (binding.key is not None and binding.value is None):
+                    raise SettingError(
+                        "setting_malformed",
+                        f"{path.name}, line {binding.original.line}, is no NAME=value line. Mend or remove it.",
+                    )
+                if binding.key is not None and binding.value is not None:
+                    values[binding.key] = binding.value
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError("setting_malformed", f"{path.name} cannot be read as UTF-8 text: {error}") from error
+    return values

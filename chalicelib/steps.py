@@ -1,0 +1,157 @@
+"""One job's next step: ask a cloud, return the change to save, or None where there is nothing new. Steps never save."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from random import Random
+from typing import Any
+
+from chalicelib import jobs, outputs, r2
+from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
+from chalicelib.fetch import Fetch
+from chalicelib.jobs import Change, Job
+from chalicelib.r2 import R2
+from chalicelib.runpod import Answer, Runpod, Verdict
+from chalicelib.runtime import Clock, Deadline
+
+RUN_TIMEOUT = 10.0  # seconds for /run
+STATUS_TIMEOUT = 8.0  # seconds for /status, whose answer may carry 20 MB
+DOWNLOAD_TIMEOUT = 15.0  # seconds for a link
+SAVE_RESERVE = 2.0  # seconds of every deadline kept for the save
+PUT_RESERVE = SAVE_RESERVE + r2.CONNECT_TIMEOUT + r2.READ_TIMEOUT  # what must be left when the put begins
+
+NOT_INDEXED_YET = timedelta(seconds=150)  # RunPod may not find a run that is younger than this
+RESULT_KEPT = timedelta(minutes=29)  # RunPod forgets a result 30 minutes after completion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """The three steps and the clouds they ask."""
+
+    runpod: Runpod
+    fetch: Fetch
+    bucket: R2
+    clock: Clock
+    rng: Random
+    default_endpoint_id: str
+    public_base_url: str
+    max_attempts: int
+
+    def submit(self, job: Job, deadline: Deadline) -> Change:
+        """Begin the paid run whose intent is on disk; called at most once for each claim."""
+        timeout = deadline.cap(RUN_TIMEOUT, reserve=SAVE_RESERVE)
+        try:
+            run_id, status = self.runpod.run(self._endpoint(job), job.payload, timeout=timeout)
+        except TransientError as error:
+            return jobs.give_back(job, error, now=self.clock.now(), rng=self.rng)
+        except IndeterminateError as error:
+            return jobs.doubt(job, error, now=self.clock.now())
+        except PermanentError as error:
+            return jobs.fail(job, error, now=self.clock.now())
+        return jobs.accept(job, runpod_job_id=run_id, runpod_status=status, now=self.clock.now())
+
+    def poll(self, job: Job, deadline: Deadline, *, lease: float) -> tuple[Change | None, Answer]:
+        """
+        Ask RunPod for the run; what it answered comes too, so that the picture in it need not be asked for again.
+
+        Raises TransientError where there was no answer: a paid run is not given up for that.
+        """
+        answer = self._ask(job, deadline, reserve=SAVE_RESERVE)
+        return self._judge(job, answer, lease), answer
+
+    def store(self, job: Job, answer: Answer | None, deadline: Deadline) -> Change:
+        """Put the finished result into R2; without the answer of the poll RunPod is asked again."""
+        try:
+            return self._store(job, answer or self._ask_for_result(job, deadline), deadline)
+        except ServiceError as error:
+            return self.not_stored(job, error)
+
+    def not_stored(self, job: Job, error: ServiceError) -> Change:
+        """The change for a result that could not be stored: later again, given up, or nothing to store at all."""
+        now = self.clock.now()
+        if error.code == "result_lost":
+            return jobs.bury(job, error, now=now)
+        if isinstance(error, PermanentError) and error.service != "r2":
+            return jobs.fail(job, error, now=now)
+        if now - jobs.from_text(job.completed_at or job.updated_at) > RESULT_KEPT:
+            return jobs.bury(job, error, now=now)
+        return jobs.hold(job, error, now=now, rng=self.rng)
+
+    def _endpoint(self, job: Job) -> str:
+        return job.endpoint_id or self.default_endpoint_id
+
+    def _ask(self, job: Job, deadline: Deadline, *, reserve: float) -> Answer:
+        timeout = deadline.cap(STATUS_TIMEOUT, reserve=reserve)
+        return self.runpod.status(self._endpoint(job), job.runpod_job_id or "", timeout=timeout)
+
+    def _judge(self, job: Job, answer: Answer, lease: float) -> Change | None:
+        now = self.clock.now()
+        seen = {"runpod_status": answer.status, "queue_ms": answer.queue_ms, "execution_ms": answer.execution_ms}
+        match answer.verdict:
+            case Verdict.UNFINISHED:
+                return jobs.observe(job, runpod=seen, now=now) if answer.status != job.runpod_status else None
+            case Verdict.COMPLETED:
+                return jobs.complete(
+                    job, lease_until=jobs.to_text(now + timedelta(seconds=lease)), runpod=seen, now=now
+                )
+            case Verdict.FAILED:
+                return jobs.fail(
+                    job, _said("worker_failed", "RunPod's worker failed", answer.error), runpod=seen, now=now
+                )
+            case Verdict.CANCELLED if job.cancel_at:
+                return jobs.confirm_cancel(job, runpod=seen, now=now)
+            case Verdict.CANCELLED:
+                return jobs.fail(
+                    job,
+                    _said("cancelled_outside", "The run was cancelled at RunPod, not here", ""),
+                    runpod=seen,
+                    now=now,
+                )
+            case Verdict.TIMED_OUT:
+                return self._lost(job, _said("runpod_timed_out", "RunPod gave the run up", answer.error), seen)
+            case Verdict.NOT_FOUND:
+                return self._missing(job)
+
+    def _missing(self, job: Job) -> Change | None:
+        if self.clock.now() - jobs.from_text(job.submitted_at or job.updated_at) < NOT_INDEXED_YET:
+            return None
+        return self._lost(job, _said("runpod_lost", "RunPod no longer knows the run, and its result is lost", ""), {})
+
+    def _lost(self, job: Job, error: ServiceError, seen: dict[str, Any]) -> Change:
+        now = self.clock.now()
+        if max(job.attempt, 1) < self.max_attempts:
+            return jobs.rerun(job, error, runpod=seen, now=now)
+        return jobs.fail(job, error, runpod=seen, now=now)
+
+    def _ask_for_result(self, job: Job, deadline: Deadline) -> Answer:
+        answer = self._ask(job, deadline, reserve=PUT_RESERVE)
+        if answer.verdict is Verdict.NOT_FOUND:
+            raise PermanentError(
+                "result_lost", "RunPod has forgotten the result before it could be stored.", service="runpod"
+            )
+        if answer.verdict is not Verdict.COMPLETED:
+            raise TransientError(
+                "runpod_bad_answer", f"RunPod says {answer.status} of a run that it had completed.", service="runpod"
+            )
+        return answer
+
+    def _store(self, job: Job, answer: Answer, deadline: Deadline) -> Change:
+        found = outputs.find(answer.output)
+        if isinstance(found, outputs.Link):
+            content = self.fetch.download(found.url, timeout=deadline.cap(DOWNLOAD_TIMEOUT, reserve=PUT_RESERVE))
+        else:
+            content = found.content
+        kind = outputs.identify(content)
+        key = jobs.result_key(job, kind.ending)
+        stored = self.bucket.put(key, content, content_type=kind.content_type)
+        output = {
+            "key": key,
+            "url": f"{self.public_base_url}/{key}",
+            "content_type": kind.content_type,
+            "bytes": stored.bytes,
+            "sha256": stored.sha256,
+        }
+        return jobs.finish(job, [output], now=self.clock.now())
+
+
+def _said(code: str, sentence: str, reason: str) -> PermanentError:
+    return PermanentError(code, f"{sentence}: {reason}" if reason else f"{sentence}.", service="runpod")

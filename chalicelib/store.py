@@ -1,0 +1,191 @@
+"""The jobs table as the pipeline sees it: create, claim, save and read, each in one D1 call."""
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from chalicelib.d1 import D1, Row, Statement
+from chalicelib.jobs import Change, Job, State, to_text
+
+POLL_AGAIN = 12  # seconds; under the 15 s grid, so that every running job is looked at in each round
+NEWEST = ("9999", "")  # a cursor that comes before every row
+
+
+def load_queries(text: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Each `-- name: x` block as x: (SQL with ?1, ?2…, the names those stand for)."""
+    queries = {}
+    for block in re.split(r"^-- name: ", text, flags=re.MULTILINE)[1:]:
+        name, _, body = block.partition("\n")
+        sql = "\n".join(line for line in body.splitlines() if not line.lstrip().startswith("--")).strip()
+        names = tuple(dict.fromkeys(re.findall(r"(?<![:\w]):([a-z_]+)", sql)))
+        for number, parameter in enumerate(names, start=1):
+            sql = re.sub(rf":{parameter}\b", f"?{number}", sql)
+        queries[name.strip()] = (sql, names)
+    return queries
+
+
+QUERIES = load_queries((Path(__file__).parent / "queries.sql").read_text(encoding="utf-8"))
+
+
+def bind(query: str, values: dict[str, Any]) -> Statement:
+    """The named query with the values it asks for; the others are left aside."""
+    sql, names = QUERIES[query]
+    return Statement(sql, tuple(values[name] for name in names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much one claim may take."""
+
+    submits: int
+    submit_bytes: int = 4_000_000  # of prompt and input, which the claim's answer carries
+    polls: int = 2_000
+    stores: int = 200
+
+
+class Store:
+    """The table; every method is one D1 call of at most `timeout` seconds and raises what D1.query raises."""
+
+    def __init__(self, *, d1: D1, default_endpoint_id: str, submit_unknown_wait: float) -> None:
+        self._d1 = d1
+        self._endpoint_id = default_endpoint_id
+        self._unknown_wait = timedelta(seconds=submit_unknown_wait)
+
+    def _run(self, names: list[str], values: dict[str, Any], *, timeout: float) -> list[list[Row]]:
+        return self._d1.query([bind(name, values) for name in names], timeout=timeout)
+
+    def calls_left(self) -> int | None:
+        """D1 calls left before Cloudflare locks the account out; None when not known. Costs no call."""
+        return self._d1.calls_left()
+
+    def with_intent(self, job: Job, *, now: datetime) -> Job:
+        """A new job as it is inserted by a request that will send it at once: the claim is made with the insert."""
+        intent = self._intent(now)
+        return replace(
+            job,
+            step=State.SUBMITTING,
+            attempt=1,
+            intent_version=job.version,
+            endpoint_id=intent["endpoint_id"],
+            due_at=intent["unknown_at"],
+        )
+
+    def create(self, job: Job, *, nonce: str, timeout: float) -> None:
+        """Insert the job; a repeat after a lost answer does nothing more."""
+        rows = json.dumps([asdict(job)], ensure_ascii=False)
+        self._run(["create_jobs", "log_created"], {"rows": rows, "nonce": nonce}, timeout=timeout)
+
+    def claim(
+        self, *, nonce: str, now: datetime, limits: Limits, lease: float, ignore_due: bool, timeout: float
+    ) -> list[Job]:
+        """
+        Take what is due and return it, oldest first; a result is leased for `lease` seconds.
+
+        With `ignore_due` polls that are not due are taken too. Rows of the earlier version are adopted, and submits
+        whose answer never came go back to be sent again.
+        """
+        values = {
+            "nonce": nonce,
+            "now": to_text(now),
+            "poll_due": "9999" if ignore_due else to_text(now),
+            "poll_again_at": to_text(now + timedelta(seconds=POLL_AGAIN)),
+            "lease_until": to_text(now + timedelta(seconds=lease)),
+            **self._intent(now),
+        }
+        names = ["adopt_old_rows_event", "adopt_old_rows", "expire_submits_event", "expire_submits"]
+        statements = [bind(name, values) for name in names]
+        for name, limit in (
+            ("claim_stores", limits.stores),
+            ("claim_polls", limits.polls),
+            ("claim_submits", limits.submits),
+        ):
+            statements.append(bind(name, {**values, "limit": limit, "bytes": limits.submit_bytes}))
+        statements += [bind("log_claimed_submits", values), bind("select_claimed", values)]
+        return [Job.from_row(row) for row in self._d1.query(statements, timeout=timeout)[-1]]
+
+    def claim_one(
+        self, job_id: str | None, *, nonce: str, now: datetime, timeout: float
+    ) -> tuple[Job | None, Job | None]:
+        """
+        Claim the submit of one job, of the oldest that waits where the id is None.
+
+        Returns the claimed job, if it was ours to claim, and the row that the id names, if there is one.
+        """
+        values = {"id": job_id, "nonce": nonce, "now": to_text(now), **self._intent(now)}
+        names = [
+            "adopt_old_rows_event",
+            "adopt_old_rows",
+            "claim_one_submit",
+            "log_claimed_submits",
+            "select_claimed",
+            "select_job",
+        ]
+        *_, claimed, named = self._run(names, values, timeout=timeout)
+        return (Job.from_row(claimed[0]) if claimed else None), (Job.from_row(named[0]) if named else None)
+
+    def _intent(self, now: datetime) -> dict[str, Any]:
+        return {"endpoint_id": self._endpoint_id, "unknown_at": to_text(now + self._unknown_wait)}
+
+    def save(self, changes: list[Change], *, nonce: str, now: datetime, timeout: float) -> dict[str, int]:
+        """
+        Write the changes whose rows are still as they were read; at most one change a job.
+
+        Returns the winners: job id and its new version. A retry with the same nonce gives the same answer.
+        """
+        lines = [
+            {
+                "id": change.job.id,
+                "n": 0,
+                "event": change.event,
+                "detail": json.dumps(change.detail, ensure_ascii=False),
+            }
+            for change in changes
+        ]
+        values = {
+            "nonce": nonce,
+            "now": to_text(now),
+            "accepted": _rows([change.job for change in changes if change.accepted]),
+            "guarded": _rows([change.job for change in changes if not change.accepted]),
+            "lines": json.dumps(lines, ensure_ascii=False),
+        }
+        winners = self._run(
+            ["record_accepted", "save_changes", "log_saved", "select_winners"], values, timeout=timeout
+        )[-1]
+        return {row["id"]: row["version"] for row in winners}
+
+    def recorded_runs(self, job_ids: list[str], *, timeout: float) -> dict[str, Job]:
+        """Which RunPod run each of these jobs has recorded; a job that is gone is missing."""
+        (rows,) = self._run(["select_runpod_ids"], {"ids": json.dumps(job_ids)}, timeout=timeout)
+        return {row["id"]: Job.from_row(row) for row in rows}
+
+    def get(self, job_id: str, *, timeout: float) -> Job | None:
+        """One job, whole."""
+        (rows,) = self._run(["select_job"], {"id": job_id}, timeout=timeout)
+        return Job.from_row(rows[0]) if rows else None
+
+    def get_with_timeline(self, job_id: str, *, timeout: float) -> tuple[Job | None, list[Row]]:
+        """One job, whole, and what happened to it, oldest first."""
+        rows, timeline = self._run(["select_job", "select_timeline"], {"id": job_id}, timeout=timeout)
+        return (Job.from_row(rows[0]) if rows else None), timeline
+
+    def newest(self, *, limit: int, after: tuple[str, str] = NEWEST, status: str | None, timeout: float) -> list[Job]:
+        """Jobs newest first, those after the given (created_at, id)."""
+        query = "list_jobs" if status is None else "list_jobs_by_status"
+        values = {"limit": limit, "created_at": after[0], "id": after[1], "status": status}
+        (rows,) = self._run([query], values, timeout=timeout)
+        return [Job.from_row(row) for row in rows]
+
+
+# What save_changes and record_accepted read of a job; the input and the prompt are never written again.
+SAVED = tuple(
+    column.name
+    for column in fields(Job)
+    if column.name not in ("prompt", "input", "model", "endpoint_id", "created_at", "updated_at")
+)
+
+
+def _rows(jobs: list[Job]) -> str:
+    return json.dumps([{name: getattr(job, name) for name in SAVED} for job in jobs], ensure_ascii=False)

@@ -1,0 +1,119 @@
+"""
+The local cloud: D1, R2, RunPod and the public bucket, spoken at the wire, kept in one folder.
+
+The service does not know it: it is only given other base URLs. Each part is a function of a request, so that tests can
+call it without a socket; server.py puts them behind one port.
+"""
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as it came over the wire; header names in small letters, the query not decoded."""
+
+    method: str
+    path: str
+    query: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What goes back."""
+
+    status: int
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def json_answer(status: int, body: Any, headers: dict[str, str] | None = None) -> Answer:
+    """An answer with a JSON body."""
+    return Answer(
+        status,
+        json.dumps(body, ensure_ascii=False).encode(),
+        {"Content-Type": "application/json; charset=utf-8", **(headers or {})},
+    )
+
+
+@dataclass(frozen=True)
+class Account:
+    """What the local cloud accepts; nothing in here is secret."""
+
+    account_id: str = "local-account"
+    api_token: str = "local-cloudflare-token"
+    database_id: str = "local-database"
+    bucket: str = "ob-ai-results"
+    access_key_id: str = "local-access-key"
+    secret_access_key: str = "local-secret-key"
+    runpod_api_key: str = "local-runpod-key"
+    endpoint_id: str = "local-endpoint"
+
+
+class LocalCloud:
+    """All parts over one folder; `calls` counts requests by part, `clock` gives the time that RunPod's runs go by."""
+
+    def __init__(
+        self, folder: Path, *, base_url: str, account: Account | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        from tools.cloud.d1 import D1
+        from tools.cloud.r2 import R2, PublicBucket
+        from tools.cloud.runpod import Results, Runpod
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.account = account or Account()
+        self.base_url = base_url
+        self.calls: Counter[str] = Counter()
+        self._count_lock = threading.Lock()
+        self.d1 = D1(folder / "d1.sqlite", self.account)
+        self.r2 = R2(folder / "r2", self.account, host=base_url.partition("//")[2])
+        self.runpod = Runpod(folder / "runpod.sqlite", self.account, results_url=f"{base_url}/results", clock=clock)
+        self._parts = {
+            "/client/v4/": ("d1", self.d1.handle),
+            "/v2/": ("runpod", self.runpod.handle),
+            "/r2/": ("r2", self.r2.handle),
+            "/cdn/": ("cdn", PublicBucket(self.r2).handle),
+            "/results/": ("results", Results(self.runpod).handle),
+        }
+
+    def handle(self, request: Request) -> Answer:
+        """The answer of whichever part the path belongs to."""
+        for prefix, (name, part) in self._parts.items():
+            if request.path.startswith(prefix):
+                with self._count_lock:
+                    self.calls[name] += 1
+                return part(request)
+        return json_answer(
+            404, {"error": "The local cloud has /client/v4 (D1), /v2 (RunPod), /r2 (S3), /cdn and /results."}
+        )
+
+    def settings(self) -> dict[str, str]:
+        """The service's settings that point here."""
+        return settings_for(self.base_url, self.account)
+
+
+def settings_for(base_url: str, account: Account) -> dict[str, str]:
+    """The service's settings that point to a local cloud at that URL."""
+    return {
+        "CLOUDFLARE_API_BASE": f"{base_url}/client/v4",
+        "CLOUDFLARE_ACCOUNT_ID": account.account_id,
+        "CLOUDFLARE_API_TOKEN": account.api_token,
+        "D1_DATABASE_ID": account.database_id,
+        "R2_ENDPOINT_URL": f"{base_url}/r2",
+        "R2_BUCKET": account.bucket,
+        "R2_ACCESS_KEY_ID": account.access_key_id,
+        "R2_SECRET_ACCESS_KEY": account.secret_access_key,
+        "R2_PUBLIC_BASE_URL": f"{base_url}/cdn",
+        "RUNPOD_API_BASE": f"{base_url}/v2",
+        "RUNPOD_API_KEY": account.runpod_api_key,
+        "RUNPOD_ENDPOINT_ID": account.endpoint_id,
+        "RESULT_ALLOWED_PRIVATE_HOSTS": base_url.partition("//")[2],
+    }

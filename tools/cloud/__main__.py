@@ -1,0 +1,14 @@
+"""The local cloud as a process: `python -m tools.cloud PORT FOLDER`; it ends when its standard input does."""
+
+import sys
+from pathlib import Path
+
+from tools.cloud import LocalCloud
+from tools.cloud.server import CloudServer
+from tools.processes import end_with_parent
+
+if __name__ == "__main__":
+    end_with_parent()
+    server = CloudServer(int(sys.argv[1]))
+    server.cloud = LocalCloud(Path(sys.argv[2]), base_url=server.base_url)
+    server.serve_forever()

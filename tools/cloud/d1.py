@@ -1,0 +1,130 @@
+"""D1's REST protocol over a SQLite file, with D1's limits and its habit of binding every number as REAL."""
+
+import json
+import re
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any
+
+from tools.cloud import Account, Answer, Request, json_answer
+
+# https://developers.cloudflare.com/d1/platform/limits/ ; the last three are of the engine itself
+LIMITS = {
+    sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER: 100,
+    sqlite3.SQLITE_LIMIT_SQL_LENGTH: 100_000,
+    sqlite3.SQLITE_LIMIT_LENGTH: 2_000_000,
+    sqlite3.SQLITE_LIMIT_COLUMN: 100,
+    sqlite3.SQLITE_LIMIT_FUNCTION_ARG: 32,
+    sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 5,
+    sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 50,
+}
+TRANSACTION = re.compile(r"\s*(BEGIN|COMMIT|ROLLBACK|SAVEPOINT|RELEASE)\b", re.IGNORECASE)
+RATE_HEADERS = {"ratelimit": '"default";r=1199;t=1', "ratelimit-policy": '"default";q=1200;w=300'}
+
+
+class D1:
+    """One database of one account."""
+
+    def __init__(self, path: Path, account: Account) -> None:
+        self._path = f"/client/v4/accounts/{account.account_id}/d1/database/{account.database_id}/query"
+        self._account = account
+        self._lock = threading.Lock()
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA foreign_keys = ON")
+        for limit, value in LIMITS.items():
+            self._connection.setlimit(limit, value)
+
+    def handle(self, request: Request) -> Answer:
+        """Answer one API call."""
+        if refusal := self._refusal(request):
+            return refusal
+        try:
+            statements = _read(json.loads(request.body))
+        except (ValueError, TypeError, KeyError) as error:
+            return _fail(400, 7400, f"The request is malformed: {error}")
+        return self._run(statements)
+
+    def execute(self, sql: str, *params: object) -> list[dict[str, Any]]:
+        """Run one statement directly; for tests that look at the table or put old rows into it."""
+        with self._lock:
+            cursor = self._connection.execute(sql, params)
+            names = [column[0] for column in cursor.description or ()]
+            return [dict(zip(names, row, strict=True)) for row in cursor]
+
+    def _refusal(self, request: Request) -> Answer | None:
+        if request.headers.get("authorization") != f"Bearer {self._account.api_token}":
+            return _fail(401, 10000, "Authentication error")
+        if f"/accounts/{self._account.account_id}/" not in request.path:
+            return _fail(403, 7403, "The given account is not valid or is not authorized to access this service")
+        if f"/database/{self._account.database_id}/" not in request.path:
+            return _fail(404, 7404, "The database could not be found")
+        if request.path != self._path or request.method != "POST":
+            return _fail(404, 7003, f"Could not route to {request.path}, perhaps your object identifier is invalid?")
+        return None
+
+    def _run(self, statements: list[tuple[str, list[Any]]]) -> Answer:
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                results = [self._run_one(sql, params) for sql, params in statements]
+            except (sqlite3.Error, sqlite3.Warning) as error:
+                self._connection.execute("ROLLBACK")
+                kind = "SQLITE_CONSTRAINT" if isinstance(error, sqlite3.IntegrityError) else "SQLITE_ERROR"
+                return _fail(400, 7500, f"{error}: {kind}")
+            self._connection.execute("COMMIT")
+        return json_answer(200, {"result": results, "errors": [], "messages": [], "success": True}, RATE_HEADERS)
+
+    def _run_one(self, sql: str, params: list[Any]) -> dict[str, Any]:
+        if TRANSACTION.match(sql):
+            raise sqlite3.OperationalError("To execute a transaction, please use the state.storage.transaction() API")
+        cursor = self._connection.execute(sql, [_bound(value) for value in params])
+        names = [column[0] for column in cursor.description or ()]
+        rows = [dict(zip(names, map(_unbound, row), strict=True)) for row in cursor]
+        meta = {
+            "served_by": "local",
+            "served_by_primary": True,
+            "duration": 0,
+            "changes": max(cursor.rowcount, 0),
+            "total_attempts": 1,
+        }
+        return {"results": rows, "success": True, "meta": meta}
+
+
+def _read(body: Any) -> list[tuple[str, list[Any]]]:
+    statements = []
+    for item in body["batch"] if "batch" in body else [body]:
+        parts, params = _split(item["sql"]), item.get("params", [])
+        if len(parts) > 1 and params:
+            raise ValueError("params with multiple statements is not supported")
+        if not all(value is None or isinstance(value, (str, int, float)) for value in params):
+            raise ValueError("invalid params")
+        statements += [(part, params) for part in parts]
+    return statements
+
+
+def _split(sql: str) -> list[str]:
+    parts, current = [], ""
+    for piece in re.split(r"(;)", sql):
+        current += piece
+        if piece == ";" and sqlite3.complete_statement(current):
+            parts.append(current)
+            current = ""
+    return [part for part in [*parts, current] if part.strip()]
+
+
+def _bound(value: Any) -> Any:
+    return float(value) if isinstance(value, (int, float)) else value
+
+
+def _unbound(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _fail(status: int, code: int, message: str) -> Answer:
+    return json_answer(
+        status,
+        {"result": None, "success": False, "errors": [{"code": code, "message": message}], "messages": []},
+        RATE_HEADERS,
+    )

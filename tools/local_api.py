@@ -1,0 +1,13 @@
+"""`chalice local` as a child process: `python -m tools.local_api PORT`."""
+
+import sys
+
+from chalice.cli import main
+
+from tools.processes import end_with_parent
+
+if __name__ == "__main__":
+    end_with_parent()
+    # Autoreload would restart the service at every change of a file in the folder, and leave a child behind at SIGTERM.
+    sys.argv[1:] = ["local", "--no-autoreload", "--host", "127.0.0.1", "--port", sys.argv[1]]
+    main()

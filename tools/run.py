@@ -1,0 +1,272 @@
+"""
+Starts everything on this machine: a local cloud in place of Cloudflare and RunPod, the API, and the every-minute
+schedule.
+
+Nothing outside the machine is called unless --real asks for it. Jobs and pictures are kept in a folder outside the
+checkout and are there again at the next start. Ctrl-C stops everything.
+"""
+
+import argparse
+import hashlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import FrameType
+
+from tools import processes
+
+READY_SECONDS = 30.0
+CLOUDS = {"runpod": ("RUNPOD_",), "d1": ("CLOUDFLARE_", "D1_"), "r2": ("R2_",)}
+EXAMPLE_PROMPT = "แมวสีส้มนั่งบนดวงจันทร์ - an orange cat on the moon"
+
+
+class Problem(Exception):
+    """Raised when it cannot start, with the sentence to show."""
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="./run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port of the API (default: %(default)s)")
+    parser.add_argument("--cloud-port", type=int, default=8001, help="port of the local cloud (default: %(default)s)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="where jobs, pictures and the API key are kept (default: a state folder in your home)",
+    )
+    parser.add_argument(
+        "--real",
+        type=_clouds,
+        default=[],
+        metavar="LIST",
+        help="use the real ones of runpod,d1,r2, by the settings in .env.local",
+    )
+    parser.add_argument(
+        "--cloud-only", action="store_true", help="start only the local cloud, for `chalice local` beside it"
+    )
+    return parser.parse_args()
+
+
+def _clouds(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in CLOUDS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(CLOUDS)}")
+    return names
+
+
+def main() -> None:
+    """The command."""
+    options = read_arguments()
+    signal.signal(signal.SIGTERM, _interrupt)
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        start(options, children)
+        _wait(children)
+    except Problem as problem:
+        print(f"./run: {problem}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nStopping.")
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave children behind
+        processes.stop(children)
+
+
+def start(options: argparse.Namespace, children: list[subprocess.Popen[bytes]]) -> None:
+    """Start the processes one after the other, each when the one before answers; raises Problem."""
+    from chalicelib.errors import ServiceError
+
+    try:
+        folder = _data_folder(options.data)
+        _check_port(options.cloud_port, "--cloud-port")
+        if not options.cloud_only:
+            _check_port(options.port, "--port")
+        env = _environment(options, folder)
+        children.append(processes.spawn("tools.cloud", str(options.cloud_port), str(folder / "cloud"), env=env))
+        _wait_for(f"http://127.0.0.1:{options.cloud_port}/", children)
+        _apply_schema(env, real="d1" in options.real)
+        if options.cloud_only:
+            _say_how_to_go_on(folder, env, options)
+            return
+        children.append(processes.spawn("tools.local_api", str(options.port), env=env))
+        _wait_for(f"http://127.0.0.1:{options.port}/health", children)
+        children.append(processes.spawn("tools.schedule", env=env))
+        _say_what_to_try(folder, options)
+    except ServiceError as error:
+        raise Problem(error.sentence) from error
+
+
+def _data_folder(given: Path | None) -> Path:
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    folder = (given or state / "ob-ai-studio").expanduser().resolve()
+    if folder.is_relative_to(processes.ROOT):
+        raise Problem(
+            f"{folder} lies inside the checkout; `chalice local` would restart at every change. Choose another --data."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Problem(f"The data folder cannot be made: {error}") from error
+    return folder
+
+
+def _check_port(port: int, option: str) -> None:
+    if not 0 < port < 65536:
+        raise Problem(f"{option} {port} is no port; choose one from 1 to 65535.")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise Problem(
+                f"Port {port} cannot be used ({error.strerror}). Stop what uses it, or choose another with {option}."
+            ) from error
+
+
+def _environment(options: argparse.Namespace, folder: Path) -> dict[str, str]:
+    """The children's environment: the local cloud's settings but for the real clouds, whose settings must be there."""
+    from chalicelib import settings
+    from tools.cloud import Account, settings_for
+
+    base_url = f"http://127.0.0.1:{options.cloud_port}"
+    real = tuple(prefix for name in options.real for prefix in CLOUDS[name])
+    local = {
+        name: value for name, value in settings_for(base_url, Account()).items() if not (real and name.startswith(real))
+    }
+    in_file = settings.read_env_file(settings.ENV_FILE)
+    hashes = os.environ.get("API_KEY_HASHES") or in_file.get("API_KEY_HASHES") or ""
+    key_hash = hashlib.sha256(_api_key(folder).encode()).hexdigest()
+    env = {
+        **os.environ,
+        **local,
+        "API_KEY_HASHES": ",".join(filter(None, [hashes, key_hash])),
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    settings.load(env)  # one sentence now rather than an error at the first request
+    return env
+
+
+def _api_key(folder: Path) -> str:
+    path = folder / "api-key"
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(f"ob_{secrets.token_urlsafe(24)}\n")
+    return path.read_text().strip()
+
+
+def _apply_schema(env: dict[str, str], *, real: bool) -> None:
+    from chalicelib import bootstrap, settings
+    from chalicelib.runtime import Clock
+    from chalicelib.wire import Wire
+    from tools import schema
+
+    clock = Clock()
+    d1 = bootstrap.make_d1(settings.load(env), Wire(clock), clock)
+    if not real:
+        schema.apply(d1)
+    elif any(schema.missing(d1)):
+        raise Problem(
+            "The real D1 database is not what the code needs. `.venv/bin/python -m tools.schema --check` says what is "
+            "missing, without --check it is added."
+        )
+
+
+def _wait_for(url: str, children: list[subprocess.Popen[bytes]]) -> None:
+    end = time.monotonic() + READY_SECONDS
+    while time.monotonic() < end:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except urllib.error.HTTPError:
+            return  # it answers, which is all that is asked
+        except OSError:
+            _check_children(children)
+            time.sleep(0.1)
+    raise Problem(f"{url} did not answer within {READY_SECONDS:.0f} seconds.")
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> None:
+    while True:
+        time.sleep(0.5)
+        _check_children(children)
+
+
+def _check_children(children: list[subprocess.Popen[bytes]]) -> None:
+    for child in children:
+        if child.poll() is not None:
+            raise Problem(
+                f"A process ended by itself (exit status {child.returncode}): {child.args!r}. It said why above."
+            )
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _say_what_to_try(folder: Path, options: argparse.Namespace) -> None:
+    api, key = f"http://127.0.0.1:{options.port}", _api_key(folder)
+    real = (
+        f"real {', '.join(options.real)}; the rest local" if options.real else "nothing outside this machine is called"
+    )
+    print(
+        f"""
+OB AI Studio is running ({real}).
+
+  URL       {api}/health
+  API key   {key}
+  Data      {folder}
+
+Try it; the picture is done in about 20 seconds, without any further command:
+
+  curl -s {api}/api/queue/create -H 'Authorization: Bearer {key}' -d '{{"prompt":"{EXAMPLE_PROMPT}"}}'
+
+See the newest job, with its result_url:
+
+  curl -s '{api}/api/jobs?limit=1' -H 'Authorization: Bearer {key}'
+
+Ctrl-C stops everything.
+""",
+        flush=True,
+    )
+
+
+def _say_how_to_go_on(folder: Path, env: dict[str, str], options: argparse.Namespace) -> None:
+    names = sorted(
+        name
+        for name in env
+        if name == "API_KEY_HASHES" or name.startswith(("RUNPOD_", "CLOUDFLARE_", "D1_", "R2_", "RESULT_"))
+    )
+    path = folder / "local.env"
+    path.touch(mode=0o600)
+    path.write_text("".join(f"{name}='{env[name]}'\n" for name in names))
+    print(
+        f"""
+The local cloud is running on http://127.0.0.1:{options.cloud_port}. Start the API beside it, in another terminal:
+
+  set -a; . '{path}'; set +a; .venv/bin/chalice local --port {options.port}
+
+  API key   {_api_key(folder)}
+
+There is no schedule then; a round is run by hand:
+
+  curl -s -X POST http://127.0.0.1:{options.port}/dev/runpod-poll -H 'Authorization: Bearer {_api_key(folder)}'
+
+Ctrl-C stops the local cloud.
+""",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+# Sourced by ./run and ./test: finds a Python, makes .venv and installs what the requirements files name, if that is not done yet.
+
+say() { echo "$(basename "$0"): $*" >&2; }
+
+find_python() {
+  for candidate in python3 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+install() {
+  python=$(find_python) || { say "Python 3.11 or newer is needed and was not found. Install it and try again."; exit 1; }
+  wanted="$("$python" -V) $(cat requirements.txt requirements-dev.txt | cksum)"
+  [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] && return
+  say "installing into .venv (once; about a minute)"
+  rm -rf .venv
+  "$python" -m venv .venv || { say "The virtual environment could not be made; is Python's venv module installed (Debian: apt install python3-venv)?"; exit 1; }
+  .venv/bin/python -m pip install --quiet --retries 1 --timeout 30 --disable-pip-version-check -r requirements-dev.txt > .venv/install.log 2>&1 || {
+    tail -n 3 .venv/install.log >&2
+    say "The Python packages could not be installed; is there a network? All that pip said is in .venv/install.log."
+    exit 1
+  }
+  echo "$wanted" > .venv/installed
+}
