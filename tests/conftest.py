@@ -1,0 +1,247 @@
+"""Builders: a clock that stands still, a local cloud at the wire, S3 by moto, and the service between them."""
+
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import pytest
+import requests
+import responses
+from moto import mock_aws
+
+from chalicelib import bootstrap, jobs, settings
+from chalicelib.bootstrap import Service
+from chalicelib.d1 import D1
+from chalicelib.jobs import Job, State
+from chalicelib.runtime import Clock, Deadline
+from chalicelib.wire import Wire
+from tools import schema
+from tools.cloud import LocalCloud, Request
+from tools.cloud.server import CloudServer
+
+# moto reads this when it starts for the first time: requests to this host are S3's.
+R2_ENDPOINT = "https://local-account.r2.cloudflarestorage.com"
+os.environ["MOTO_S3_CUSTOM_ENDPOINTS"] = R2_ENDPOINT
+
+KEY = "test-key"
+KEY_HASH = "62af8704764faf8ea82fc61ce9c4c3908b6cb97d463a634e9e587d7c885db0ef"
+BUCKET = "ob-ai-results"
+
+
+class FakeClock(Clock):
+    """Stands still until it is told to go on; sleeping tells it so."""
+
+    def __init__(self) -> None:
+        self.at = datetime(2026, 1, 31, 23, 59, 0, tzinfo=UTC)
+        self.elapsed = 0.0
+        self.slept: list[float] = []
+
+    def now(self) -> datetime:
+        return self.at
+
+    def monotonic(self) -> float:
+        return self.elapsed
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.advance(seconds)
+
+    def advance(self, seconds: float) -> None:
+        self.at += timedelta(seconds=seconds)
+        self.elapsed += seconds
+
+
+class Faults:
+    """What goes wrong at the wire: answers instead of the local cloud's, or lost after the effect."""
+
+    def __init__(self) -> None:
+        self._rules: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+
+    def add(self, where: str, answer: Any, *, times: float = 1, after_effect: bool = False) -> None:
+        """The next `times` requests whose "METHOD url" matches get the answer: (status, body) or an exception."""
+        self._rules.append({"where": re.compile(where), "answer": answer, "times": times, "after_effect": after_effect})
+
+    def clear(self) -> None:
+        self._rules.clear()
+
+    def take(self, request: str) -> dict[str, Any] | None:
+        with self._lock:
+            for rule in self._rules:
+                if rule["times"] > 0 and rule["where"].search(request):
+                    rule["times"] -= 1
+                    return rule
+        return None
+
+
+class Bench:
+    """The service on the local cloud, and short ways to drive it and to look at what it left."""
+
+    def __init__(self, service: Service, cloud: LocalCloud, clock: FakeClock, faults: Faults, s3: Any) -> None:
+        self.service = service
+        self.cloud = cloud
+        self.clock = clock
+        self.faults = faults
+        self.s3 = s3
+
+    def deadline(self, seconds: float = 57.0) -> Deadline:
+        return Deadline(self.clock, seconds)
+
+    def create(self, prompt: str = "a cat", **payload: Any) -> str:
+        job = self.service.pipeline.new_job(
+            prompt=prompt, model="qwen-image", payload={"prompt": prompt, **payload} if payload else None
+        )
+        self.service.pipeline.create(job, self.deadline(24.0))
+        return job.id
+
+    def round(self, *, after: float = 15.0, seconds: float = 57.0, **options: Any) -> Any:
+        self.clock.advance(after)
+        return self.service.pipeline.run_round(self.deadline(seconds), **options)
+
+    def job(self, job_id: str) -> Job:
+        job = self.service.store.get(job_id, timeout=5.0)
+        assert job is not None
+        return job
+
+    def timeline(self, job_id: str) -> list[str]:
+        return [line["event"] for line in self.events(job_id)]
+
+    def events(self, job_id: str) -> list[dict[str, Any]]:
+        _, lines = self.service.store.get_with_timeline(job_id, timeout=5.0)
+        return [{"event": line["event"], **json.loads(line["detail"])} for line in lines]
+
+    def d1_calls(self, action: Callable[[], object]) -> int:
+        before = self.cloud.calls["d1"]
+        action()
+        return self.cloud.calls["d1"] - before
+
+    def objects(self) -> list[str]:
+        return [entry["Key"] for entry in self.s3.list_objects_v2(Bucket=BUCKET).get("Contents", [])]
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(settings, "ENV_FILE", tmp_path / "no.env")
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def cloud(tmp_path: Path, clock: FakeClock) -> LocalCloud:
+    return LocalCloud(tmp_path / "cloud", base_url="http://cloud.test:8001", clock=lambda: clock.at.timestamp())
+
+
+@pytest.fixture
+def faults() -> Faults:
+    return Faults()
+
+
+@pytest.fixture
+def wire(cloud: LocalCloud, faults: Faults, s3: Any) -> Iterator[responses.RequestsMock]:
+    """Every HTTP request goes to the local cloud, unless a fault takes it."""
+
+    def answer(request: requests.PreparedRequest) -> Any:
+        fault = faults.take(f"{request.method} {request.url}")
+        if fault is None or fault["after_effect"]:
+            parts = urlsplit(request.url or "")
+            body = request.body.encode() if isinstance(request.body, str) else request.body or b""
+            headers = {name.lower(): value for name, value in request.headers.items()}
+            given = cloud.handle(Request(request.method or "", parts.path, parts.query, headers, body))
+        if fault is None:
+            return given.status, given.headers, given.body
+        if isinstance(fault["answer"], Exception):
+            return fault["answer"]
+        status, body, *more = fault["answer"]
+        return status, *(more or [{}]), body if isinstance(body, str) else json.dumps(body)
+
+    with responses.RequestsMock(assert_all_requests_are_fired=False) as mock:
+        for method in ("GET", "POST"):
+            mock.add_callback(method, re.compile(r"http://cloud\.test:8001/.*"), callback=answer)
+        yield mock
+
+
+@pytest.fixture(scope="session")
+def _s3_client() -> Iterator[Any]:
+    with mock_aws():
+        yield boto3.client("s3", region_name="us-east-1", aws_access_key_id="local", aws_secret_access_key="local")
+
+
+@pytest.fixture
+def s3(_s3_client: Any) -> Iterator[Any]:
+    """S3 by moto, with the empty bucket; R2's endpoint leads there."""
+    _s3_client.create_bucket(Bucket=BUCKET)
+    yield _s3_client
+    for entry in _s3_client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
+        _s3_client.delete_object(Bucket=BUCKET, Key=entry["Key"])
+    _s3_client.delete_bucket(Bucket=BUCKET)
+
+
+@pytest.fixture
+def environment(cloud: LocalCloud) -> dict[str, str]:
+    return {**cloud.settings(), "R2_ENDPOINT_URL": R2_ENDPOINT, "API_KEY_HASHES": KEY_HASH}
+
+
+@pytest.fixture
+def empty_d1(wire: responses.RequestsMock, environment: dict[str, str], clock: FakeClock) -> D1:
+    """The local cloud's D1 without a table."""
+    return bootstrap.make_d1(settings.load(environment), Wire(clock), clock)
+
+
+@pytest.fixture
+def d1(empty_d1: D1) -> D1:
+    """The local cloud's D1 with the schema."""
+    schema.apply(empty_d1)
+    return empty_d1
+
+
+@pytest.fixture
+def bench(d1: D1, environment: dict[str, str], cloud: LocalCloud, clock: FakeClock, faults: Faults, s3: Any) -> Bench:
+    return Bench(bootstrap.build(settings.load(environment), clock), cloud, clock, faults, s3)
+
+
+@pytest.fixture
+def cloud_server(tmp_path: Path) -> Iterator[CloudServer]:
+    """The local cloud behind a real port, with the machine's clock."""
+    server = CloudServer(0)
+    server.cloud = LocalCloud(tmp_path / "served", base_url=server.base_url)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def job_factory(clock: FakeClock) -> Callable[..., Job]:
+    """A job at any state."""
+
+    def make(state: State = State.POLL, **columns: Any) -> Job:
+        live = state not in jobs.FINAL
+        sent = {"runpod_job_id": "run-1", "submitted_at": jobs.to_text(clock.now())}
+        defaults: dict[str, Any] = {
+            "id": "job-1",
+            "prompt": "a cat",
+            "model": "qwen-image",
+            "status": jobs.STATUS_OF[state],
+            "step": state.value if live else None,
+            "attempt": 0 if state is State.SUBMIT else 1,
+            "version": 1,
+            "created_at": "2026-01-31T23:59:00.000Z",
+            "updated_at": "2026-01-31T23:59:00.000Z",
+            **(sent if state in (State.POLL, State.STORE) else {}),
+            **({"completed_at": jobs.to_text(clock.now())} if state is State.STORE else {}),
+        }
+        return Job(**{**defaults, **columns})
+
+    return make

@@ -1,0 +1,206 @@
+"""The owner's table: the eleven columns of the earlier version, with rows that go on where they stand."""
+
+import subprocess
+import sys
+
+import pytest
+
+from chalicelib.jobs import State
+from tests.conftest import Bench
+from tools import schema
+
+OLD_COLUMNS = (
+    "id", "runpod_job_id", "status", "prompt", "model", "result_r2_key", "result_url", "finished_at", "error_message",
+    "created_at", "updated_at",
+)  # fmt: skip
+OLD_TABLE = """CREATE TABLE jobs (
+  id TEXT PRIMARY KEY, runpod_job_id TEXT, status TEXT NOT NULL DEFAULT 'queued', prompt TEXT NOT NULL, model TEXT,
+  result_r2_key TEXT, result_url TEXT, finished_at TEXT, error_message TEXT, created_at TEXT NOT NULL, updated_at TEXT
+)"""
+AT = "2026-01-31T23:58:00.000Z"
+
+
+@pytest.fixture
+def old(cloud, empty_d1):
+    """A database of the earlier version, brought to what the code needs after the rows were written."""
+    cloud.d1.execute(OLD_TABLE)
+
+    def insert(job_id, **columns):
+        row = {"id": job_id, "status": "queued", "prompt": "an old cat", "created_at": AT, "updated_at": AT, **columns}
+        cloud.d1.execute(f"INSERT INTO jobs ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", *row.values())
+
+    return insert
+
+
+@pytest.fixture
+def old_bench(old, empty_d1, environment, cloud, clock, faults, s3):
+    from chalicelib import bootstrap, settings
+
+    def make():
+        schema.apply(empty_d1)
+        return Bench(bootstrap.build(settings.load(environment), clock), cloud, clock, faults, s3)
+
+    return make
+
+
+def test_missing_columns_are_added_and_no_value_is_touched(old, cloud, empty_d1):
+    old("a", status="done", result_url="https://old/a.png", finished_at=AT, model="qwen-image")
+    before = cloud.d1.execute(f"SELECT {', '.join(OLD_COLUMNS)} FROM jobs")
+
+    did = schema.apply(empty_d1)
+
+    assert cloud.d1.execute(f"SELECT {', '.join(OLD_COLUMNS)} FROM jobs") == before
+    assert "added column jobs.step" in did
+    assert "created job_events" in did
+    assert "created jobs_due" in did
+
+
+def test_an_old_table_ends_with_the_columns_of_a_new_one(old, cloud, empty_d1, tmp_path):
+    from tools.cloud import LocalCloud
+
+    schema.apply(empty_d1)
+    fresh = LocalCloud(tmp_path / "fresh", base_url="http://fresh.test:1")
+    for statement in schema.statements():
+        fresh.d1.execute(statement)
+
+    def columns(where):
+        rows = where.d1.execute("SELECT name, type, \"notnull\", dflt_value FROM pragma_table_info('jobs')")
+        return {row["name"]: (row["type"], row["notnull"], row["dflt_value"]) for row in rows}
+
+    new, added = columns(fresh), columns(cloud)
+    assert list(new)[:11] == list(OLD_COLUMNS)
+    assert list(added) == list(new)
+    assert {name: added[name] for name in list(new)[11:]} == {name: new[name] for name in list(new)[11:]}
+
+
+def test_a_second_run_has_nothing_to_do(old, empty_d1):
+    schema.apply(empty_d1)
+
+    assert schema.apply(empty_d1) == []
+
+
+def test_a_run_that_was_broken_off_is_finished_by_the_next(old, cloud, empty_d1):
+    cloud.d1.execute("ALTER TABLE jobs ADD COLUMN step TEXT")
+
+    did = schema.apply(empty_d1)
+
+    assert "added column jobs.step" not in did
+    assert schema.missing(empty_d1) == ([], [])
+
+
+def test_an_added_column_keeps_its_constraint(old, cloud, empty_d1):
+    schema.apply(empty_d1)
+
+    with pytest.raises(Exception, match="CHECK constraint failed"):
+        cloud.d1.execute("INSERT INTO jobs (id, prompt, created_at, step) VALUES ('x', '', '', 'nonsense')")
+
+
+def test_a_table_of_another_program_is_left_alone(cloud, empty_d1):
+    cloud.d1.execute("CREATE TABLE jobs (number INTEGER)")
+
+    with pytest.raises(SystemExit, match="another program"):
+        schema.apply(empty_d1)
+
+
+def test_a_queued_row_is_submitted(old, old_bench, cloud):
+    old("a")
+    bench = old_bench()
+
+    bench.round(after=0)
+
+    job = bench.job("a")
+    assert (job.state, job.attempt) == (State.POLL, 1)
+    assert cloud.runpod.inputs() == [{"prompt": "an old cat", "model": "", "jobId": "a"}]
+    assert bench.timeline("a") == ["adopted", "submitting", "submitted"]
+
+
+def test_a_running_row_is_polled_and_its_picture_lies_where_it_always_did(old, old_bench, cloud, clock):
+    cloud.runpod._execute(
+        "INSERT INTO runs VALUES ('run-a', 'local-endpoint', '{\"prompt\": \"an old cat\"}', ?, NULL)",
+        clock.at.timestamp() - 30,
+    )
+    old("a", status="running", runpod_job_id="run-a")
+    bench = old_bench()
+
+    bench.round(after=0)
+
+    job = bench.job("a")
+    assert (job.status, job.result_r2_key) == ("done", "jobs/2026/01/a/output.png")
+    assert len(cloud.runpod.inputs()) == 1
+
+
+def test_a_running_row_without_an_id_is_a_lost_submit(old, old_bench):
+    old("a", status="running")
+    bench = old_bench()
+
+    bench.round(after=0)
+
+    assert bench.job("a").state is State.POLL
+    assert bench.timeline("a") == ["adopted", "possible_duplicate", "submitting", "submitted"]
+    assert bench.job("a").attempt == 1
+
+
+def test_a_queued_row_with_an_id_was_sent_and_is_not_sent_again(old, old_bench, cloud):
+    old("a", runpod_job_id="run-a")
+    bench = old_bench()
+
+    bench.round(after=0)
+
+    assert cloud.runpod.inputs() == []
+    assert bench.job("a").state is State.POLL
+
+
+def test_a_running_row_without_submitted_at_counts_from_updated_at(old, old_bench):
+    old("a", status="running", runpod_job_id="gone", updated_at="2026-01-31T23:59:00.000Z")
+    bench = old_bench()
+
+    bench.round(after=140)
+    assert bench.job("a").state is State.POLL
+    bench.round(after=15)
+
+    assert bench.events("a")[-1]["code"] == "runpod_lost"
+
+
+def test_final_rows_stay_as_they_are(old, old_bench, cloud):
+    old("a", status="done", result_url="https://old/a.png")
+    old("b", status="error", error_message="boom")
+    bench = old_bench()
+    before = cloud.d1.execute("SELECT * FROM jobs ORDER BY id")
+
+    bench.round(after=0)
+
+    assert cloud.d1.execute("SELECT * FROM jobs ORDER BY id") == before
+    assert (bench.job("a").status, bench.job("b").error_message) == ("done", "boom")
+
+
+def test_a_row_that_the_earlier_version_writes_meanwhile_is_taken_too(old, old_bench, cloud):
+    bench = old_bench()
+    old("late")
+
+    bench.round(after=0)
+
+    assert bench.job("late").state is State.POLL
+
+
+def command(*args, env):
+    return subprocess.run(
+        [sys.executable, "-m", "tools.schema", *args], capture_output=True, text=True, env=env, timeout=60, check=False
+    )
+
+
+def test_the_command_says_what_is_missing_then_adds_it_then_finds_nothing(cloud_server):
+    import os
+
+    cloud_server.cloud.d1.execute(OLD_TABLE)
+    wanted = ("CLOUDFLARE_", "D1_")
+    env = {**os.environ, **{k: v for k, v in cloud_server.cloud.settings().items() if k.startswith(wanted)}}
+
+    check = command("--check", env=env)
+    assert (check.returncode, "missing: column jobs.step" in check.stdout) == (1, True)
+    apply = command(env=env)
+    assert (apply.returncode, "added column jobs.step" in apply.stdout) == (0, True)
+    again = command("--check", env=env)
+    assert (again.returncode, again.stdout) == (0, "The database has everything the code needs.\n")
+    refused = command(env={**env, "CLOUDFLARE_API_TOKEN": "wrong"})
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("D1 refused the token")

@@ -1,0 +1,66 @@
+"""The SQL itself: it is loaded as written, prepared on the engine, and looks rows up instead of reading all of them."""
+
+import re
+
+import pytest
+
+from chalicelib.jobs import TRANSITIONS
+from chalicelib.store import QUERIES, load_queries
+from tools import schema
+
+
+def test_a_query_is_its_sql_and_the_names_in_their_order():
+    text = "-- head\n\n-- name: one\n-- Why.\nSELECT :b, :a, :b -- end\n-- in\nFROM t\n\n-- name: two\nSELECT 2\n"
+
+    queries = load_queries(text)
+
+    assert queries == {"one": ("SELECT ?1, ?2, ?1 -- end\nFROM t", ("b", "a")), "two": ("SELECT 2", ())}
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_the_engine_prepares_it(name, cloud, d1):
+    sql, names = QUERIES[name]
+
+    assert cloud.d1.execute(f"EXPLAIN {sql}", *["[]"] * len(names))
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_it_never_reads_the_whole_table(name, cloud, d1):
+    sql, names = QUERIES[name]
+    plan = [row["detail"] for row in cloud.d1.execute(f"EXPLAIN QUERY PLAN {sql}", *["[]"] * len(names))]
+
+    scans = [line for line in plan if re.match(r"SCAN (jobs|job_events)\b", line)]
+    # A list without a filter reads the index of its order, and stops at its limit.
+    assert all("USING INDEX jobs_created" in line for line in scans), plan
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_it_keeps_d1s_limits(name):
+    sql, names = QUERIES[name]
+
+    assert len(names) <= 100
+    assert len(sql) < 100_000
+    assert "BEGIN" not in sql
+    assert "strftime" not in sql
+    assert "datetime(" not in sql
+
+
+def test_each_has_a_sentence(request):
+    text = (request.config.rootpath / "chalicelib" / "queries.sql").read_text()
+
+    for block in re.split(r"^-- name: ", text, flags=re.MULTILINE)[1:]:
+        assert re.match(r"\w+\n-- [A-Za-z]", block), block[:40]
+
+
+def test_the_arrows_in_the_comments_are_those_of_the_table_of_moves(request):
+    text = (request.config.rootpath / "chalicelib" / "queries.sql").read_text()
+    arrows = re.findall(r"^-- (\w+): ([\w, ]+) -> (\w+)\.", text, flags=re.MULTILINE)
+
+    assert {verb for verb, _, _ in arrows} == {"claim", "expire", "accept"}
+    for verb, sources, target in arrows:
+        assert TRANSITIONS[verb] == (frozenset(sources.split(", ")), target)
+
+
+def test_the_schema_is_within_one_d1_request():
+    assert len(schema.statements()) <= 50
+    assert not re.search(r"\bTRIGGER\b", " ".join(schema.statements()))

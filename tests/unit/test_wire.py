@@ -1,0 +1,133 @@
+import socket
+
+import pytest
+import requests
+import responses
+from urllib3.connection import HTTPConnection
+from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnectionError
+
+from chalicelib.errors import IndeterminateError, TransientError
+from chalicelib.wire import IDLE_LIMIT, Wire
+
+URL = "http://service.test/x"
+
+
+def exchange(wire, **options):
+    return wire.exchange("d1", "POST", URL, headers={}, body=b"{}", **{"timeout": 5.0, "max_bytes": 1000, **options})
+
+
+@pytest.fixture
+def answers():
+    with responses.RequestsMock() as mock:
+        yield mock
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "code"),
+    [
+        (requests.ConnectTimeout(), TransientError, "d1_unreachable"),
+        (requests.ConnectionError(MaxRetryError(None, URL, NewConnectionError(None, "refused"))), TransientError, None),
+        (requests.ConnectionError(MaxRetryError(None, URL, ConnectTimeoutError(None, "late"))), TransientError, None),
+        (requests.ConnectionError("reset by peer"), IndeterminateError, "d1_cut_off"),
+        (requests.ReadTimeout(), IndeterminateError, "d1_timeout"),
+        (requests.exceptions.SSLError("eof"), IndeterminateError, "d1_cut_off"),
+        (requests.exceptions.ChunkedEncodingError(), IndeterminateError, "d1_cut_off"),
+        (requests.ConnectionError(), IndeterminateError, "d1_cut_off"),
+    ],
+)
+def test_only_a_failure_to_connect_certainly_had_no_effect(answers, clock, failure, error, code):
+    answers.add("POST", URL, body=failure)
+
+    with pytest.raises(error) as caught:
+        exchange(Wire(clock))
+
+    assert code is None or caught.value.code == code
+    assert caught.value.service == "d1"
+
+
+def test_a_real_refused_connection_had_no_effect(clock):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
+        with pytest.raises(TransientError):
+            Wire(clock).exchange("d1", "GET", url, headers={}, timeout=5.0, max_bytes=10)
+
+
+def test_a_name_without_an_address_had_no_effect(clock):
+    with pytest.raises(TransientError):
+        Wire(clock).exchange("d1", "GET", "http://no-such-host.invalid/", headers={}, timeout=5.0, max_bytes=10)
+
+
+def test_an_address_that_is_none_had_no_effect(clock):
+    with pytest.raises(TransientError, match="base URL"):
+        Wire(clock).exchange("d1", "GET", "http:///nowhere", headers={}, timeout=5.0, max_bytes=10)
+
+
+def test_an_answer_over_the_limit_is_cut(answers, clock):
+    answers.add("POST", URL, body=b"x" * 1001)
+
+    with pytest.raises(IndeterminateError) as caught:
+        exchange(Wire(clock))
+
+    assert caught.value.code == "d1_answer_too_large"
+
+
+def test_a_trickling_answer_is_cut_at_the_timeout(answers, clock):
+    def slowly(response):
+        read1 = response.raw.read1
+
+        def later(*args, **kwargs):
+            clock.advance(3)
+            return read1(1, **{name: value for name, value in kwargs.items() if name == "decode_content"})
+
+        response.raw.read1 = later
+        return response
+
+    answers.response_callback = slowly
+    answers.add("POST", URL, body=b"x" * 100)
+
+    with pytest.raises(IndeterminateError) as caught:
+        exchange(Wire(clock))
+
+    assert caught.value.code == "d1_timeout"
+
+
+def test_redirects_are_not_followed(answers, clock):
+    answers.add("POST", URL, status=302, headers={"Location": "http://elsewhere.test/"})
+
+    assert exchange(Wire(clock)).status == 302
+
+
+def test_netrc_cannot_replace_our_authorization(answers, clock, monkeypatch, tmp_path):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine service.test login me password mine\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    answers.add("POST", URL)
+
+    Wire(clock).exchange("d1", "POST", URL, headers={"Authorization": "Bearer ours"}, timeout=5.0, max_bytes=10)
+
+    assert answers.calls[0].request.headers["Authorization"] == "Bearer ours"
+
+
+def test_connections_that_idled_are_not_used_again(cloud_server, clock, monkeypatch):
+    opened = []
+    connect = HTTPConnection.connect
+    monkeypatch.setattr(HTTPConnection, "connect", lambda self: (opened.append(1), connect(self))[1])
+    wire = Wire(clock)
+
+    def get():
+        wire.exchange("cdn", "GET", f"{cloud_server.base_url}/cdn/x", headers={}, timeout=5.0, max_bytes=1000)
+
+    get()
+    get()
+    assert len(opened) == 1
+    clock.advance(IDLE_LIMIT + 1)
+    get()
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize(("header", "seconds"), [("30", 30), (" 5 ", 5), ("", None), ("soon", None), ("-1", None)])
+def test_retry_after_is_seconds_or_nothing(answers, clock, header, seconds):
+    answers.add("POST", URL, headers={"Retry-After": header})
+
+    assert exchange(Wire(clock)).retry_after == seconds
