@@ -22,6 +22,7 @@ DEFAULT_LIMIT, MAX_LIMIT = 50, 100
 
 
 def read_body(request: Request, *, empty_is: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The body as an object; an empty one is `empty_is`, if that is given."""
     raw = request.raw_body
     if len(raw) > MAX_BODY_BYTES:
         raise RequestError("body_too_large", f"The body is over {MAX_BODY_BYTES // 1024} kB.")
@@ -43,6 +44,7 @@ def _no_constant(name: str) -> None:
 
 
 def read_model(body: dict[str, Any]) -> str:
+    """The model to draw with."""
     model = body.get("model")
     if model is None:
         return DEFAULT_MODEL
@@ -74,17 +76,19 @@ def read_prompt_and_input(body: dict[str, Any]) -> tuple[str, dict[str, Any] | N
 
 
 def read_id(job_id: str) -> str:
+    """A job id; one that no row can have is not looked for."""
     if len(job_id) > MAX_ID_CHARS:
         raise RequestError("job_not_found", "There is no job with this id.")
     return job_id.strip()
 
 
 def query_of(request: Request) -> Mapping[str, str]:
-    # Chalice has None where there is no query.
+    """The query; Chalice has None where there is none."""
     return request.query_params or {}
 
 
 def read_limit(text: str | None) -> int:
+    """How many jobs a page has."""
     if text is None:
         return DEFAULT_LIMIT
     if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MAX_LIMIT):
@@ -93,23 +97,26 @@ def read_limit(text: str | None) -> int:
 
 
 def read_status(text: str | None) -> str | None:
+    """The one status to list, if one is asked for."""
     if text is not None and text not in tuple(Status):
         raise RequestError("status_invalid", f"status must be one of {', '.join(Status)}.")
     return text
 
 
 def read_cursor(text: str | None) -> tuple[str, str]:
+    """The (created_at, id) after which the page begins."""
     if text is None:
         return NEWEST
     try:
-        created_at, job_id = json.loads(base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True))
-        if not isinstance(created_at, str) or not isinstance(job_id, str):
+        words = json.loads(base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True))
+        if not isinstance(words, list) or [type(word) for word in words] != [str, str]:
             raise ValueError("not two strings")
-        (created_at + job_id).encode("utf-8")
-    except (ValueError, TypeError, RecursionError, binascii.Error) as error:
+        "".join(words).encode("utf-8")
+    except (ValueError, RecursionError, binascii.Error) as error:
         raise RequestError("cursor_invalid", "cursor must be a next_cursor of an earlier answer.") from error
-    return created_at, job_id
+    return words[0], words[1]
 
 
 def make_cursor(job: Job) -> str:
+    """Where the next page begins."""
     return base64.urlsafe_b64encode(json.dumps([job.created_at, job.id]).encode()).decode().rstrip("=")

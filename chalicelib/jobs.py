@@ -1,11 +1,13 @@
 """
 The job and its life: pure functions, no clock, no wire.
 
-    submit ──claim──▶ submitting ──accept──▶ poll ──complete──▶ store ──finish──▶ done
-      ▲ ▲                │  │                 │                   │ └─hold─▶ store
-      │ └─give_back/expire  └─fail─▶ error    ├─fail──▶ error     ├─fail─▶ error
-      └──────────rerun────────────────────────┘                   └─bury─▶ error (dead letter)
-                                              └─confirm_cancel─▶ cancelled
+               claim             accept            complete           finish
+        submit ──────▶ submitting ──────▶ poll ─────────────▶ store ──────────▶ done
+          ▲                │  │ ▲           │ │ │ └ observe      │ └ hold
+          │                │  │ └ doubt     │ │ └ confirm_cancel ▶ cancelled
+          ├──── expire ────┤  │             │ └── fail ──────────┼───────────▶ error
+          ├── give_back ───┘  └── fail ─────┼────────────────────┴ fail, bury ▶ error
+          └──────────────── rerun ──────────┘
 
 `status` is what people see, `step` what the pipeline does next. A verb takes a job and returns the Change to save.
 """

@@ -12,7 +12,7 @@ from random import Random
 from uuid import UUID
 
 from chalicelib import jobs, log
-from chalicelib.errors import IndeterminateError, ServiceError, TransientError
+from chalicelib.errors import IndeterminateError, PermanentError, RequestError, ServiceError, TransientError
 from chalicelib.jobs import FINAL, Change, Job, State
 from chalicelib.runpod import Answer
 from chalicelib.runtime import Clock, Crew, Deadline
@@ -100,6 +100,10 @@ class Pipeline:
         except IndeterminateError:
             if sending:  # the row may be there with its intent written, and nobody will send it
                 self.saver.keep([jobs.return_unsent(job, now=self.clock.now())])
+            raise
+        except PermanentError as error:
+            if error.code == "d1_request_too_large":
+                raise RequestError("body_too_large", "The input is too large to be stored; make it smaller.") from error
             raise
         if sending:
             self._send(job, deadline)

@@ -22,7 +22,7 @@ ON CONFLICT (id) DO NOTHING
 INSERT INTO job_events (job_id, version, n, at, event, detail)
 SELECT id, version, 0, created_at, 'created', json_object('attempt', attempt)
 FROM jobs
-WHERE id IN (SELECT json_extract(value, '$.id') FROM json_each(:rows)) AND claimer = :nonce
+WHERE id IN (SELECT value FROM json_each(:ids)) AND claimer = :nonce
 ON CONFLICT DO NOTHING
 
 

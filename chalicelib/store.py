@@ -75,8 +75,8 @@ class Store:
 
     def create(self, job: Job, *, nonce: str, timeout: float) -> None:
         """Insert the job; a repeat after a lost answer does nothing more."""
-        rows = json.dumps([asdict(job)], ensure_ascii=False)
-        self._run(["create_jobs", "log_created"], {"rows": rows, "nonce": nonce}, timeout=timeout)
+        values = {"rows": json.dumps([asdict(job)], ensure_ascii=False), "ids": json.dumps([job.id]), "nonce": nonce}
+        self._run(["create_jobs", "log_created"], values, timeout=timeout)
 
     def claim(
         self, *, nonce: str, now: datetime, limits: Limits, lease: float, ignore_due: bool, timeout: float

@@ -137,8 +137,10 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def cloud(tmp_path: Path, clock: FakeClock) -> LocalCloud:
-    return LocalCloud(tmp_path / "cloud", base_url="http://cloud.test:8001", clock=lambda: clock.at.timestamp())
+def cloud(tmp_path: Path, clock: FakeClock) -> Iterator[LocalCloud]:
+    cloud = LocalCloud(tmp_path / "cloud", base_url="http://cloud.test:8001", clock=lambda: clock.at.timestamp())
+    yield cloud
+    cloud.close()
 
 
 @pytest.fixture
@@ -220,6 +222,7 @@ def cloud_server(tmp_path: Path) -> Iterator[CloudServer]:
     server.shutdown()
     thread.join()
     server.server_close()
+    server.cloud.close()
 
 
 @pytest.fixture

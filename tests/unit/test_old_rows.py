@@ -68,6 +68,7 @@ def test_an_old_table_ends_with_the_columns_of_a_new_one(old, cloud, empty_d1, t
         return {row["name"]: (row["type"], row["notnull"], row["dflt_value"]) for row in rows}
 
     new, added = columns(fresh), columns(cloud)
+    fresh.close()
     assert list(new)[:11] == list(OLD_COLUMNS)
     assert list(added) == list(new)
     assert {name: added[name] for name in list(new)[11:]} == {name: new[name] for name in list(new)[11:]}

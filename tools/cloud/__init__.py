@@ -95,6 +95,11 @@ class LocalCloud:
             404, {"error": "The local cloud has /client/v4 (D1), /v2 (RunPod), /r2 (S3), /cdn and /results."}
         )
 
+    def close(self) -> None:
+        """Let go of the files."""
+        self.d1.close()
+        self.runpod.close()
+
     def settings(self) -> dict[str, str]:
         """The service's settings that point here."""
         return settings_for(self.base_url, self.account)

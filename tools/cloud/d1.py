@@ -46,6 +46,10 @@ class D1:
             return _fail(400, 7400, f"The request is malformed: {error}")
         return self._run(statements)
 
+    def close(self) -> None:
+        """Let go of the file."""
+        self._connection.close()
+
     def execute(self, sql: str, *params: object) -> list[dict[str, Any]]:
         """Run one statement directly; for tests that look at the table or put old rows into it."""
         with self._lock:

@@ -85,6 +85,10 @@ class Runpod:
             return self._cancel(run)
         return _error(404, "Not Found", "no such operation")
 
+    def close(self) -> None:
+        """Let go of the file."""
+        self._connection.close()
+
     def find(self, run_id: str) -> Run | None:
         """A run by its id."""
         rows = self._execute("SELECT id, endpoint_id, input, created_at, cancelled_at FROM runs WHERE id = ?", run_id)

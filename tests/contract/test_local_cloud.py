@@ -1,0 +1,243 @@
+"""The local cloud over real sockets, spoken to by the service's own clients: what it answers is what the facts say."""
+
+import json
+from random import Random
+
+import pytest
+import requests
+
+from chalicelib.d1 import D1, Statement
+from chalicelib.errors import PermanentError, TransientError
+from chalicelib.r2 import R2
+from chalicelib.runpod import Runpod, Verdict
+from chalicelib.runtime import Clock
+from chalicelib.wire import Wire
+from tools.cloud.render import draw
+
+PNG = draw("a cat")
+
+
+@pytest.fixture
+def settings(cloud_server):
+    return cloud_server.cloud.settings()
+
+
+@pytest.fixture
+def d1(settings):
+    def make(**other):
+        clock = Clock()
+        given = {
+            "base_url": settings["CLOUDFLARE_API_BASE"],
+            "account_id": settings["CLOUDFLARE_ACCOUNT_ID"],
+            "database_id": settings["D1_DATABASE_ID"],
+            "token": settings["CLOUDFLARE_API_TOKEN"],
+        }
+        return D1(wire=Wire(clock), clock=clock, rng=Random(1), **{**given, **other})
+
+    return make
+
+
+def run(d1, *statements):
+    return d1.query([Statement(sql, tuple(params)) for sql, *params in statements], timeout=10.0)
+
+
+def test_d1_runs_a_batch_as_one_transaction(d1):
+    run(d1(), ["CREATE TABLE t (k TEXT PRIMARY KEY, n INTEGER)"])
+    with pytest.raises(PermanentError, match="UNIQUE constraint failed"):
+        run(d1(), ["INSERT INTO t VALUES ('a', 1)"], ["INSERT INTO t VALUES ('a', 2)"])
+
+    assert run(d1(), ["SELECT count(*) AS n FROM t"]) == [[{"n": 0}]]
+
+
+def test_d1_binds_numbers_as_real_and_json_each_keeps_integers(d1):
+    rows = run(
+        d1(),
+        ["SELECT typeof(?1) AS direct, ?1 || '' AS text", 5],
+        ["SELECT typeof(json_extract(value, '$.n')) AS inside FROM json_each(?1)", '[{"n": 5}]'],
+        ["SELECT 1.0 AS whole, 1.5 AS half, ?1 AS empty", None],
+    )
+
+    assert rows == [
+        [{"direct": "real", "text": "5.0"}],
+        [{"inside": "integer"}],
+        [{"whole": 1, "half": 1.5, "empty": None}],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("SELEC 1", "syntax error"),
+        ("BEGIN", "To execute a transaction"),
+        (f"SELECT {','.join('?' * 101)}", "too many SQL variables"),
+        (f"SELECT '{'x' * 100_001}'", "too"),
+        ("SELECT ?1, ?2", "bindings"),
+    ],
+)
+def test_d1_refuses_what_d1_refuses(d1, sql, message):
+    with pytest.raises(PermanentError, match=message):
+        run(d1(), [sql])
+
+
+@pytest.mark.parametrize(
+    ("other", "code"),
+    [
+        ({"token": "wrong"}, "d1_unauthorized"),
+        ({"account_id": "wrong"}, "d1_unauthorized"),
+        ({"database_id": "wrong"}, "d1_not_found"),
+    ],
+)
+def test_d1_knows_its_own(d1, other, code):
+    with pytest.raises(PermanentError) as caught:
+        run(d1(**other), ["SELECT 1"])
+
+    assert caught.value.code == code
+
+
+def test_d1_takes_several_statements_only_without_params(settings):
+    url = f"{settings['CLOUDFLARE_API_BASE']}/accounts/local-account/d1/database/local-database/query"
+    headers = {"Authorization": f"Bearer {settings['CLOUDFLARE_API_TOKEN']}"}
+
+    several = requests.post(url, json={"sql": "SELECT 1 AS x; SELECT 2 AS y;"}, headers=headers, timeout=10)
+    refused = requests.post(url, json={"sql": "SELECT ?1; SELECT 2", "params": [1]}, headers=headers, timeout=10)
+
+    assert [part["results"] for part in several.json()["result"]] == [[{"x": 1}], [{"y": 2}]]
+    assert (refused.status_code, refused.json()["errors"][0]["code"]) == (400, 7400)
+
+
+def bucket(settings, **other):
+    given = {
+        "endpoint_url": settings["R2_ENDPOINT_URL"],
+        "bucket": settings["R2_BUCKET"],
+        "access_key_id": settings["R2_ACCESS_KEY_ID"],
+        "secret_access_key": settings["R2_SECRET_ACCESS_KEY"],
+    }
+    return R2(**{**given, **other})
+
+
+def test_r2_keeps_what_is_put_and_the_public_address_serves_it(settings):
+    bucket(settings).put("jobs/2026/01/é x/output.png", PNG, content_type="image/png")
+
+    found = requests.get(f"{settings['R2_PUBLIC_BASE_URL']}/jobs/2026/01/é x/output.png", timeout=10)
+    assert found.content == PNG
+    assert found.headers["Content-Type"] == "image/png"
+    assert found.headers["Cache-Control"] == "public, max-age=31536000, immutable"
+    assert requests.get(f"{settings['R2_PUBLIC_BASE_URL']}/nothing", timeout=10).status_code == 404
+
+
+def test_r2_does_not_wait_for_a_continue_that_never_comes(settings):
+    import time
+
+    target = bucket(settings)
+    target.put("warm", PNG, content_type="image/png")
+    start = time.perf_counter()
+    target.put("k", PNG, content_type="image/png")
+
+    assert time.perf_counter() - start < 0.9
+
+
+@pytest.mark.parametrize(
+    "other", [{"secret_access_key": "wrong"}, {"access_key_id": "wrong"}, {"bucket": "another-bucket"}]
+)
+def test_r2_knows_its_own(settings, other):
+    with pytest.raises(PermanentError):
+        bucket(settings, **other).put("k", PNG, content_type="image/png")
+
+
+def test_r2_refuses_the_checksum_trailers_that_boto3_sends_by_default(settings, s3):
+    import boto3
+    from botocore.exceptions import ClientError
+
+    client = boto3.session.Session().client(
+        "s3",
+        endpoint_url=settings["R2_ENDPOINT_URL"],
+        region_name="auto",
+        aws_access_key_id=settings["R2_ACCESS_KEY_ID"],
+        aws_secret_access_key=settings["R2_SECRET_ACCESS_KEY"],
+    )
+
+    with pytest.raises(ClientError):
+        client.put_object(Bucket=settings["R2_BUCKET"], Key="k", Body=PNG, ChecksumAlgorithm="SHA256")
+
+
+@pytest.fixture
+def runpod(settings):
+    return Runpod(wire=Wire(Clock()), base_url=settings["RUNPOD_API_BASE"], api_key=settings["RUNPOD_API_KEY"])
+
+
+def test_runpod_walks_from_queue_to_output(runpod):
+    waits, _ = runpod.run("local-endpoint", {"simulate": {"queue_seconds": 60}}, timeout=10.0)
+    works, _ = runpod.run("local-endpoint", {"simulate": {"queue_seconds": 0, "run_seconds": 60}}, timeout=10.0)
+    ends, _ = runpod.run("local-endpoint", {"simulate": {"queue_seconds": 0, "run_seconds": 0}}, timeout=10.0)
+
+    answers = [runpod.status("local-endpoint", run_id, timeout=10.0) for run_id in (waits, works, ends)]
+
+    assert [answer.status for answer in answers] == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+    assert answers[2].output["images"][0]["type"] == "base64"
+
+
+def test_runpod_stops_a_run_once_and_for_all(runpod):
+    run_id, _ = runpod.run("local-endpoint", {"prompt": "a cat"}, timeout=10.0)
+
+    runpod.cancel("local-endpoint", run_id, timeout=10.0)
+    runpod.cancel("local-endpoint", run_id, timeout=10.0)
+
+    assert runpod.status("local-endpoint", run_id, timeout=10.0).verdict is Verdict.CANCELLED
+
+
+def test_runpod_does_not_know_strangers(runpod, settings):
+    assert runpod.status("local-endpoint", "nobody", timeout=10.0).verdict is Verdict.NOT_FOUND
+    with pytest.raises(TransientError, match="404"):
+        runpod.run("another-endpoint", {}, timeout=10.0)
+    stranger = Runpod(wire=Wire(Clock()), base_url=settings["RUNPOD_API_BASE"], api_key="wrong")
+    with pytest.raises(TransientError, match="401"):
+        stranger.run("local-endpoint", {}, timeout=10.0)
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"prompt": "x"}', b'{"input": "x"}'])
+def test_runpod_refuses_a_body_without_an_input_object(settings, body):
+    url = f"{settings['RUNPOD_API_BASE']}/local-endpoint/run"
+    headers = {"Authorization": f"Bearer {settings['RUNPOD_API_KEY']}"}
+
+    answer = requests.post(url, data=body, headers=headers, timeout=10)
+
+    assert (answer.status_code, answer.json()["status"]) == (400, 400)
+
+
+def test_runpod_forgets_after_half_an_hour_and_remembers_over_a_restart(cloud, tmp_path, clock):
+    from tools.cloud import LocalCloud, Request
+
+    auth = {"authorization": "Bearer local-runpod-key"}
+    sent = cloud.handle(Request("POST", "/v2/local-endpoint/run", "", auth, b'{"input": {"prompt": "x"}}'))
+    run_id = json.loads(sent.body)["id"]
+    again = LocalCloud(tmp_path / "cloud", base_url="http://cloud.test:8001", clock=lambda: clock.at.timestamp())
+
+    def status():
+        return json.loads(again.handle(Request("GET", f"/v2/local-endpoint/status/{run_id}", "", auth)).body)["status"]
+
+    assert status() == "IN_QUEUE"
+    clock.advance(4 + 1799)
+    assert status() == "COMPLETED"
+    clock.advance(2)
+    assert status() == 404
+    again.close()
+
+
+def test_a_picture_shows_the_prompt_in_its_own_letters():
+    thai, other, blank = draw("แมวสีส้ม"), draw("แมวสีดำ"), draw("")
+
+    assert len({thai, other, blank}) == 3
+    assert draw("แมวสีส้ม") == thai
+    assert draw("ก" * 10_000)[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_font_has_every_thai_letter():
+    from PIL import ImageFont
+
+    from tools.cloud.render import FONT
+
+    font = ImageFont.truetype(str(FONT), 40)
+    missing = font.getmask("\uffff").getbbox(), bytes(font.getmask("\uffff"))
+
+    for letter in map(chr, [*range(0x0E01, 0x0E3A), *range(0x0E40, 0x0E5B)]):
+        assert (font.getmask(letter).getbbox(), bytes(font.getmask(letter))) != missing, letter

@@ -1,0 +1,246 @@
+"""`./run` as its user has it: processes on ports, a job that ends by itself, Ctrl-C, a second start."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import requests
+
+from tools.cloud.render import draw
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 60
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Running:
+    """A ./run that says it is ready; what it and its children print is read line by line."""
+
+    def __init__(self, folder, *options, env=None):
+        self.port, self.cloud_port = free_port(), free_port()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tools.run", "--port", str(self.port), "--cloud-port", str(self.cloud_port),
+             "--data", str(folder), *options],
+            cwd=ROOT, env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        self._watchdog = threading.Timer(START_SECONDS, self.process.kill)
+        self._watchdog.start()
+        self.said = self.read_until("Ctrl-C stops")
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.key = re.search(r"API key +(\S+)", self.said)[1]
+
+    def read_until(self, text):
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if text in line:
+                return "".join(lines)
+        raise AssertionError("ended: " + "".join(lines))
+
+    def call(self, method, path, **options):
+        return requests.request(
+            method, f"{self.url}{path}", headers={"Authorization": f"Bearer {self.key}"}, timeout=30, **options
+        ).json()
+
+    def stop(self, with_signal=signal.SIGTERM):
+        self.process.send_signal(with_signal)
+        return self.wait()
+
+    def wait(self):
+        """Until it has ended, and the last child has let go of its output."""
+        self.process.stdout.read()
+        self.process.stdout.close()
+        self._watchdog.cancel()
+        return self.process.wait()
+
+    def answers(self):
+        reached = []
+        for port in (self.port, self.cloud_port):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                reached.append(port)
+        return reached
+
+
+def test_a_job_ends_by_itself_and_is_still_there_after_a_second_start(tmp_path):
+    first = Running(tmp_path / "data")
+    assert re.search(r"URL +http://127\.0\.0\.1:\d+/health", first.said)
+    assert first.said.count("/api/queue/create") == 1
+    prompt = "แมวสีส้มนั่งบนดวงจันทร์"
+    created = first.call("POST", "/api/queue/create", json={"prompt": prompt})
+    assert created == {"ok": True, "id": created["id"], "status": "queued"}
+
+    first.read_until('"message": "done"')  # by the schedule alone
+    job = first.call("GET", f"/api/queue/status/{created['id']}")
+    assert requests.get(job["result_url"], timeout=10).content == draw(prompt)
+    assert (first.stop(signal.SIGINT), first.answers()) == (0, [])
+
+    second = Running(tmp_path / "data")
+    assert second.key == first.key
+    again = second.call("GET", f"/api/queue/status/{created['id']}")
+    assert (again["status"], again["result_r2_key"]) == ("done", job["result_r2_key"])
+    picture = requests.get(f"http://127.0.0.1:{second.cloud_port}/cdn/{again['result_r2_key']}", timeout=10)
+    assert picture.content == draw(prompt)
+    preflight = requests.options(
+        f"{second.url}/api/queue/create",
+        headers={"Origin": "https://page.example", "Access-Control-Request-Method": "POST"},
+        timeout=10,
+    )
+    assert preflight.headers["Access-Control-Allow-Origin"] == "*"
+    assert "Authorization" in preflight.headers["Access-Control-Allow-Headers"]
+    assert (second.stop(signal.SIGTERM), second.answers()) == (0, [])
+
+
+def test_a_kill_leaves_no_process_behind(tmp_path):
+    running = Running(tmp_path / "data")
+    assert len(running.answers()) == 2
+
+    running.process.kill()
+    running.wait()
+
+    assert running.answers() == []
+
+
+def test_chalice_local_works_beside_the_cloud_alone(tmp_path):
+    running = Running(tmp_path / "data", "--cloud-only")
+    assert running.answers() == [running.cloud_port]
+    env_file = tmp_path / "data" / "local.env"
+    assert str(env_file) in running.said
+    port = free_port()
+    chalice = Path(sys.executable).parent / "chalice"
+    script = f"set -a; . '{env_file}'; set +a; exec {chalice} local --no-autoreload --port {port}"
+    plain = subprocess.Popen(
+        ["sh", "-c", script], cwd=ROOT, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert next(line for line in plain.stdout if "Serving on" in line)
+        url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {running.key}"}
+        body = {"prompt": "a cat", "input": {"simulate": {"queue_seconds": 0, "run_seconds": 0}}}
+        job_id = requests.post(f"{url}/api/queue/create", json=body, headers=headers, timeout=30).json()["id"]
+        report = requests.post(f"{url}/dev/runpod-poll", headers=headers, timeout=30).json()
+    finally:
+        plain.kill()
+        plain.communicate()
+        running.stop()
+
+    assert [job["status"] for job in report["updated"] if job["id"] == job_id] == ["done"]
+
+
+def refused(*options, env=None, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "tools.run", *options],
+        cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_a_port_in_use_is_one_sentence(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        answer = refused("--port", str(port), "--cloud-port", str(free_port()), "--data", str(tmp_path))
+
+    assert answer.returncode == 1
+    assert answer.stderr.splitlines() == [
+        f"./run: Port {port} cannot be used (Address already in use). Stop what uses it, or choose another with --port."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--port", "0"], "--port 0 is no port"),
+        (["--data", str(ROOT / "data")], "lies inside the checkout"),
+        (["--data", "/proc/nothing"], "The data folder cannot be made"),
+        (["--real", "runpod"], "Setting RUNPOD_API_KEY is missing"),
+    ],
+)
+def test_what_keeps_it_from_starting_is_one_sentence(options, sentence):
+    answer = refused("--cloud-port", str(free_port()), "--port", str(free_port()), *options)
+
+    assert (answer.returncode, len(answer.stderr.splitlines())) == (1, 1)
+    assert sentence in answer.stderr
+
+
+def test_an_unknown_cloud_is_told(tmp_path):
+    answer = refused("--real", "azure")
+
+    assert answer.returncode == 2
+    assert "'azure' is none of runpod, d1, r2" in answer.stderr
+
+
+def test_a_broken_env_file_is_one_sentence(tmp_path):
+    (tmp_path / "copy").mkdir()
+    for name in ("app.py", "chalicelib", "tools", ".chalice", "schema.sql"):
+        (tmp_path / "copy" / name).symlink_to(ROOT / name)
+    # Resolved through the links the file would be looked for in the checkout, so the package is copied.
+    import shutil
+
+    (tmp_path / "copy" / "chalicelib").unlink()
+    shutil.copytree(ROOT / "chalicelib", tmp_path / "copy" / "chalicelib")
+    (tmp_path / "copy" / ".env.local").write_text("this is broken\n")
+
+    answer = refused("--data", str(tmp_path / "data"), cwd=tmp_path / "copy")
+
+    assert (answer.returncode, answer.stderr) == (
+        1,
+        "./run: .env.local, line 1, is no NAME=value line. Mend or remove it.\n",
+    )
+
+
+def test_help_tells_what_it_does_without_installing_anything(tmp_path):
+    (tmp_path / "tools").mkdir()
+    for name in ("run", "tools/venv.sh", "tools/run.py", "tools/__init__.py", "tools/processes.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+
+    answer = subprocess.run(
+        ["sh", str(tmp_path / "run"), "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert "Starts everything on this machine" in answer.stdout
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_without_a_network_the_reason_is_one_sentence(tmp_path):
+    (tmp_path / "tools").mkdir()
+    for name in ("run", "tools/venv.sh", "requirements.txt", "requirements-dev.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+
+    answer = subprocess.run(
+        ["sh", str(tmp_path / "run")], capture_output=True, text=True, timeout=120, check=False, env=env
+    )
+
+    assert answer.returncode == 1
+    assert answer.stderr.splitlines()[-1] == (
+        "run: The Python packages could not be installed; is there a network? "
+        "All that pip said is in .venv/install.log."
+    )
+
+
+def test_the_state_of_a_job_survives_a_kill_in_the_middle(tmp_path):
+    first = Running(tmp_path / "data")
+    body = {"prompt": "a cat", "input": {"simulate": {"queue_seconds": 0, "run_seconds": 0}}}
+    job_id = first.call("POST", "/api/queue/create", json=body)["id"]
+    first.process.kill()
+    first.wait()
+
+    second = Running(tmp_path / "data")
+    report = json.dumps(second.call("POST", "/dev/runpod-poll"))
+    job = second.call("GET", f"/api/jobs/{job_id}")["job"]
+    second.stop()
+
+    assert job["status"] == "done", report
+    assert [line["event"] for line in job["timeline"]].count("submitted") == 1

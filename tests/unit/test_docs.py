@@ -1,0 +1,102 @@
+"""What README claims is what the code does."""
+
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+
+import app
+from chalicelib import settings
+from chalicelib.errors import REQUEST_STATUS
+from chalicelib.jobs import STATUS_OF, TRANSITIONS, State
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def section(title):
+    found = re.search(rf"^#+ {title}\n(.*?)(?=^#|\Z)", README, flags=re.MULTILINE | re.DOTALL)
+    assert found, title
+    return found[1]
+
+
+def test_every_route_is_in_the_table_in_the_order_of_the_code():
+    rows = re.findall(r"^\| `(GET|POST) (\S+)` \|", section("The API"), flags=re.MULTILINE)
+    routes = [(method, path) for path, methods in app.app.routes.items() for method in methods]
+
+    assert rows == routes
+
+
+def test_every_setting_is_in_the_table_with_its_default():
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|$", section("Settings"), flags=re.MULTILINE)
+    wanted = []
+    for entry in fields(settings.Settings):
+        default = entry.metadata["default"]
+        shown = "required" if entry.default is MISSING else f"`{default}`" if default else "empty"
+        wanted.append((entry.name.upper(), shown, entry.metadata["about"]))
+
+    assert rows == wanted
+
+
+def test_the_chart_is_the_table_of_moves():
+    arrows = set(re.findall(r"^    (\w+) --> (\w+): (\w+)$", section("The life of a job"), flags=re.MULTILINE))
+
+    assert arrows == {
+        (source.value, target.value, verb) for verb, (sources, target) in TRANSITIONS.items() for source in sources
+    }
+
+
+def test_the_drawing_in_jobs_names_every_move():
+    drawing = (ROOT / "chalicelib" / "jobs.py").read_text(encoding="utf-8").split('"""')[1]
+
+    for verb in TRANSITIONS:
+        assert verb in drawing, verb
+
+
+def test_the_steps_are_in_the_table_with_their_status():
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", section("The life of a job"), flags=re.MULTILINE)
+
+    assert rows == [
+        (STATUS_OF[state].value, state.value) for state in State if state not in ("done", "error", "cancelled")
+    ]
+
+
+def test_every_code_of_a_refused_request_is_in_the_table_with_its_status():
+    rows = re.findall(r"^\| (4\d\d) \| (.+?) \|", section("Errors"), flags=re.MULTILINE)
+    shown = {code: int(status) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)}
+
+    assert shown == REQUEST_STATUS
+
+
+def test_every_code_that_can_end_a_job_is_in_the_table():
+    table = re.findall(r"^\| (`[^|]+?) \|", section("Errors").split("A job that ends")[1], flags=re.MULTILINE)
+    shown = {code for row in table for code in re.findall(r"`([\w…]+)`", row)}
+    prefixes = tuple(code[:-1] for code in shown if code.endswith("…"))
+    codes = set()
+    for name in ("steps", "outputs", "fetch", "runpod", "r2", "saver", "pipeline"):
+        text = (ROOT / "chalicelib" / f"{name}.py").read_text()
+        codes |= set(re.findall(r'(?:PermanentError|TransientError|_said)\(\s*"(\w+)"', text))
+
+    assert {code for code in codes if code not in shown and not code.startswith(prefixes)} == set()
+
+
+def test_every_file_of_the_service_is_in_the_map():
+    listed = section("The files, in reading order")
+
+    for path in [*(ROOT / "chalicelib").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        if path.name != "__init__.py":
+            assert re.search(rf"[`/]{path.name}`", listed), path.name
+
+
+@pytest.mark.parametrize("command", ["./run", "./test", "./run --help", ".venv/bin/python -m tools.schema --check"])
+def test_the_commands_are_there(command):
+    assert command in README
+    script = command.split()[0]
+    assert script.startswith(".venv") or (ROOT / script).stat().st_mode & 0o111
+
+
+def test_no_secret_is_in_config():
+    config = (ROOT / ".chalice" / "config.json").read_text()
+
+    assert "environment_variables" not in config

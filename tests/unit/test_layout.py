@@ -1,0 +1,103 @@
+"""The structure: which module may know which, and what stands in app.py."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SERVICE = ROOT / "chalicelib"
+
+# From the ground up; a module may import only from those in lines above its own.
+LAYERS = [
+    {"errors"},
+    {"retry", "runtime", "settings"},
+    {"wire", "auth", "jobs"},
+    {"d1", "runpod", "fetch", "r2", "outputs", "log"},
+    {"store", "steps"},
+    {"saver"},
+    {"pipeline"},
+    {"bootstrap", "inputs"},
+    {"api"},
+]
+CLIENTS = {"wire", "d1", "runpod", "fetch", "r2"}
+
+
+def imports(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "chalicelib":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("chalicelib."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def modules():
+    return {path.stem: path for path in SERVICE.glob("*.py") if path.stem != "__init__"}
+
+
+def test_every_module_has_its_place():
+    placed = [name for layer in LAYERS for name in layer]
+
+    assert sorted(placed) == sorted(modules())
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_imports_only_from_below(name):
+    below = set()
+    for layer in LAYERS:
+        if name in layer:
+            break
+        below |= layer
+
+    assert imports(modules()[name]) <= below
+
+
+@pytest.mark.parametrize("name", sorted(CLIENTS))
+def test_a_client_knows_no_job(name):
+    assert not imports(modules()[name]) & {"jobs", "store", "pipeline", "outputs"}
+
+
+def test_only_bootstrap_knows_all_and_only_the_edge_knows_bootstrap():
+    assert [name for name, path in modules().items() if "bootstrap" in imports(path)] == ["api"]
+
+
+def test_the_service_knows_nothing_of_what_does_not_ship():
+    for path in [ROOT / "app.py", *modules().values()]:
+        roots = {
+            (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+        }
+        assert not roots & {"tools", "tests", "PIL", "moto"}
+
+
+def test_only_the_edge_knows_chalice():
+    assert {name for name, path in modules().items() if "chalice.app" in path.read_text()} == {"api", "inputs"}
+
+
+def test_app_is_a_table_of_contents():
+    tree = ast.parse((ROOT / "app.py").read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+
+    assert len(functions) >= 10
+    assert functions[-1].name == "poll_jobs"
+    assert tree.body[-1] is functions[-1]
+    for function in functions:
+        assert len(function.body) == 1, function.name
+        assert isinstance(function.body[0], ast.Return), function.name
+        assert ast.unparse(function.body[0]).startswith("return api."), function.name
+    assert {type(node) for node in tree.body} == {ast.Expr, ast.ImportFrom, ast.Assign, ast.FunctionDef}
+
+
+def test_no_module_is_a_drawer():
+    assert not {"utils", "helpers", "common", "constants", "types", "misc"} & set(modules())
+
+
+def test_lambda_gets_only_what_it_needs():
+    shipped = [line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line]
+
+    assert shipped == ["filetype", "requests"]
+    assert (ROOT / "requirements-dev.txt").read_text().startswith("-r requirements.txt\n")
+    assert "requirements-dev.txt" in (ROOT / "requirements.txt").read_text().splitlines()[0]
