@@ -1,13 +1,14 @@
 """
 The job and its life: pure functions, no clock, no wire.
 
-               claim             accept            complete           finish
-        submit ──────▶ submitting ──────▶ poll ─────────────▶ store ──────────▶ done
-          ▲                │  │ ▲           │ │ │ └ observe      │ └ hold
-          │                │  │ └ doubt     │ │ └ confirm_cancel ▶ cancelled
-          ├──── expire ────┤  │             │ └── fail ──────────┼───────────▶ error
-          ├── give_back ───┘  └── fail ─────┼────────────────────┴ fail, bury ▶ error
-          └──────────────── rerun ──────────┘
+    submit ──claim──▶ submitting ──accept──▶ poll ──complete──▶ store ──finish──▶ done
+
+and off that road:
+
+    submit      accept ▶ poll (the answer came late)
+    submitting  give_back, expire ▶ submit · doubt ▶ submitting · fail ▶ error
+    poll        observe ▶ poll · rerun ▶ submit · fail ▶ error · confirm_cancel ▶ cancelled
+    store       hold ▶ store · fail, bury ▶ error
 
 `status` is what people see, `step` what the pipeline does next. A verb takes a job and returns the Change to save.
 """
