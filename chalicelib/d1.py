@@ -72,13 +72,16 @@ class D1:
         """
         body = _encode(statements)
         deadline = Deadline(self._clock, timeout)
+        doubt = False
         for failures in range(1, retry.CALL_ATTEMPTS + 1):
             try:
                 return self._query_once(body, deadline)
-            except (TransientError, IndeterminateError) as error:
+            except ServiceError as error:
+                doubt = doubt or isinstance(error, IndeterminateError)
                 wait = retry.seconds_to_wait(retry.CALL, failures, rng=self._rng, retry_after=error.retry_after)
-                if failures == retry.CALL_ATTEMPTS or wait + 1 > deadline.left():
-                    raise
+                last = failures == retry.CALL_ATTEMPTS or wait + 1 > deadline.left()
+                if last or isinstance(error, PermanentError):
+                    raise _after(error, doubt=doubt) from error
                 self._clock.sleep(wait)
         raise AssertionError("the last try returns or raises")
 
@@ -104,6 +107,13 @@ class D1:
             self._calls_left = (int(limit[1]), self._clock.monotonic() + int(limit[2]))
         if reply.status == 429 and reply.retry_after is not None:
             self._locked_until = self._clock.monotonic() + reply.retry_after
+
+
+def _after(error: ServiceError, *, doubt: bool) -> ServiceError:
+    """The error of the last try, where an earlier one may have taken effect; refused SQL was refused by all."""
+    if not doubt or error.code == "d1_sql":
+        return error
+    return IndeterminateError(error.code, error.sentence, service=error.service, retry_after=error.retry_after)
 
 
 def _one_try(deadline: Deadline) -> float:

@@ -10,14 +10,13 @@ from chalice.app import Request
 
 from chalicelib import jobs
 from chalicelib.errors import RequestError
-from chalicelib.jobs import Job, Status
+from chalicelib.jobs import DEFAULT_MODEL, Job, Status
 from chalicelib.store import NEWEST
 
 MAX_BODY_BYTES = 512 * 1024
 MAX_PROMPT_CHARS = 10_000
 MAX_MODEL_CHARS = 200
 MAX_ID_CHARS = 200
-DEFAULT_MODEL = "qwen-image"
 DEFAULT_LIMIT, MAX_LIMIT = 50, 100
 
 

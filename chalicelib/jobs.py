@@ -76,6 +76,8 @@ TRANSITIONS: Mapping[str, tuple[frozenset[State], State]] = {
 
 FINAL = frozenset(State) - {state for sources, _ in TRANSITIONS.values() for state in sources}
 
+DEFAULT_MODEL = "qwen-image"
+
 MAX_ERROR_CHARS = 2_000  # of error_message; a worker's traceback would fill the list that a page loads
 
 
@@ -98,7 +100,7 @@ class Job:
     runpod_job_id: str | None = None
     status: str = Status.QUEUED
     prompt: str = ""
-    model: str = ""
+    model: str = DEFAULT_MODEL
     result_r2_key: str | None = None
     result_url: str | None = None
     finished_at: str | None = None

@@ -36,6 +36,9 @@ POLL_BUDGET = 4.0
 STORE_BUDGET = PUT_RESERVE + 0.5
 
 SUBMITS_PER_ROUND = 200
+KEPT_ANSWER_BYTES = (
+    32_000_000  # of results held in memory until they may be stored; RunPod is asked again for the others
+)
 CALLS_KEPT_FOR_ROUNDS = 100  # under this many D1 calls left, creating only queues: one call, not two
 
 
@@ -272,13 +275,18 @@ class Round:
         changes = []
         for outcome in self._crew.wait(timeout):
             if not isinstance(outcome, Outcome):
-                raise TypeError(f"a step returned {outcome!r}")
+                log.failed("step_ended", ServiceError("internal_error", f"A step ended with {outcome!r}."))
+                continue
             self._report.checked += outcome.asked
             if outcome.change is not None:
                 changes.append(outcome.change)
-                if outcome.change.event == "completed" and outcome.answer is not None:
-                    self._answers[outcome.change.job.id] = outcome.answer
+                self._keep_answer(outcome.change, outcome.answer)
         return changes
+
+    def _keep_answer(self, change: Change, answer: Answer | None) -> None:
+        kept = sum(answer.bytes for answer in self._answers.values())
+        if change.event == "completed" and answer is not None and kept + answer.bytes <= KEPT_ANSWER_BYTES:
+            self._answers[change.job.id] = answer
 
     def _save(self, changes: list[Change]) -> None:
         self._saved_at = self._pipeline.clock.monotonic()

@@ -35,6 +35,7 @@ class Answer:
     error: str = ""
     queue_ms: int | None = None
     execution_ms: int | None = None
+    bytes: int = 0  # of the answer as it came
 
 
 class Runpod:
@@ -92,6 +93,7 @@ class Runpod:
             error=_text(answer.get("error")),
             queue_ms=_milliseconds(answer.get("delayTime")),
             execution_ms=_milliseconds(answer.get("executionTime")),
+            bytes=len(reply.body),
         )
 
     def cancel(self, endpoint_id: str, run_id: str, *, timeout: float) -> None:

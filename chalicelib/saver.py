@@ -1,11 +1,11 @@
 """Changes on their way to the table: saved in groups, kept when D1 refuses, and never able to spoil each other."""
 
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 
 from chalicelib import jobs, log
-from chalicelib.errors import PermanentError, ServiceError
+from chalicelib.errors import IndeterminateError, PermanentError, ServiceError
 from chalicelib.jobs import FINAL, Change, Job
 from chalicelib.runpod import Runpod
 from chalicelib.runtime import Clock, Deadline
@@ -14,6 +14,14 @@ from chalicelib.store import Store
 SAVE_TIMEOUT = 8.0  # seconds
 CANCEL_TIMEOUT = 4.0  # seconds
 FAULTS_OF_A_ROW = ("d1_sql", "d1_request_too_large")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Changes that are saved together, under one nonce for all tries."""
+
+    nonce: str
+    changes: list[Change]
 
 
 class Saver:
@@ -25,12 +33,13 @@ class Saver:
         self._clock = clock
         self._rng = rng
         self._unsaved: list[Change] = []
+        self._unknown: list[Batch] = []
         self._lock = threading.Lock()
 
     @property
     def backlog(self) -> int:
         """How many changes wait to be saved."""
-        return len(self._unsaved)
+        return len(self._unsaved) + sum(len(batch.changes) for batch in self._unknown)
 
     def keep(self, changes: list[Change]) -> None:
         """Save these with the next flush."""
@@ -40,8 +49,10 @@ class Saver:
     def flush(self, deadline: Deadline) -> list[Change]:
         """Save what was left over; costs nothing if there is none. Returns and raises as save() does."""
         with self._lock:
-            changes, self._unsaved = self._unsaved, []
-        return self._save(changes, deadline)
+            batches, self._unknown = self._unknown, []
+            batches += self._batch(self._unsaved)
+            self._unsaved = []
+        return self._save_all(batches, deadline)
 
     def save(self, changes: list[Change], deadline: Deadline) -> list[Change]:
         """
@@ -49,27 +60,47 @@ class Saver:
 
         Raises ServiceError where D1 cannot take them now; then they are kept. One that D1 can never take ends its job.
         """
-        try:
-            first = self.flush(deadline)
-        except ServiceError:
-            self.keep(changes)
-            raise
-        return first + self._save(changes, deadline)
+        self.keep(changes)
+        return self.flush(deadline)
 
-    def _save(self, changes: list[Change], deadline: Deadline) -> list[Change]:
-        if not changes:
-            return []
-        nonce = f"{self._rng.getrandbits(128):032x}"
+    def _batch(self, changes: list[Change]) -> list[Batch]:
+        return [Batch(f"{self._rng.getrandbits(128):032x}", changes)] if changes else []
+
+    def _save_all(self, batches: list[Batch], deadline: Deadline) -> list[Change]:
+        won: list[Change] = []
+        for number, batch in enumerate(batches):
+            try:
+                won += self._save(batch, deadline)
+            except ServiceError:
+                self._keep_batches(batches[number + 1 :])
+                raise
+        return won
+
+    def _keep_batches(self, batches: list[Batch]) -> None:
+        with self._lock:
+            self._unknown += batches
+
+    def _save(self, batch: Batch, deadline: Deadline) -> list[Change]:
         try:
-            versions = self._store.save(changes, nonce=nonce, now=self._clock.now(), timeout=deadline.cap(SAVE_TIMEOUT))
+            versions = self._store.save(
+                batch.changes, nonce=batch.nonce, now=self._clock.now(), timeout=deadline.cap(SAVE_TIMEOUT)
+            )
         except PermanentError as error:
             if error.code in FAULTS_OF_A_ROW:
-                return self._save_apart(changes, error, deadline)
-            self.keep(changes)
+                return self._save_apart(batch.changes, error, deadline)
+            self.keep(batch.changes)
+            raise
+        except IndeterminateError:
+            # It may be in the table under this nonce; under another one it would look like a lost race.
+            self._keep_batches([batch])
             raise
         except ServiceError:
-            self.keep(changes)
+            self.keep(batch.changes)
             raise
+        return self._settle(batch.changes, versions, deadline)
+
+    def _settle(self, changes: list[Change], versions: dict[str, int], deadline: Deadline) -> list[Change]:
+        """The winners; a paid run that lost is looked after."""
         won = [
             replace(change, job=replace(change.job, version=versions[change.job.id]))
             for change in changes
@@ -77,27 +108,21 @@ class Saver:
         ]
         for change in won:
             log.saved(change)
-        self._stop_orphans(
-            [change for change in changes if change.accepted and change.job.id not in versions], deadline
-        )
+        lost = [change for change in changes if change.job.id not in versions]
+        self._stop_orphans([change for change in lost if change.accepted], deadline)
         return won
 
     def _save_apart(self, changes: list[Change], error: PermanentError, deadline: Deadline) -> list[Change]:
         """Halve until the row that D1 refuses stands alone, and end that job."""
         if len(changes) > 1:
             middle = len(changes) // 2
-            try:
-                first = self._save(changes[:middle], deadline)
-            except ServiceError:
-                self.keep(changes[middle:])
-                raise
-            return first + self._save(changes[middle:], deadline)
+            return self._save_all([*self._batch(changes[:middle]), *self._batch(changes[middle:])], deadline)
         (change,) = changes
         log.failed("unsavable", error, job_id=change.job.id)
         if change.error and change.error.code == "unsavable":
             return []
         reason = PermanentError("unsavable", f"What happened to this job could not be written down: {error.sentence}")
-        return self._save([jobs.fail(change.before, reason, now=self._clock.now())], deadline)
+        return self._save_all(self._batch([jobs.fail(change.before, reason, now=self._clock.now())]), deadline)
 
     def _stop_orphans(self, lost: list[Change], deadline: Deadline) -> None:
         """

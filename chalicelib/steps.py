@@ -20,7 +20,7 @@ SAVE_RESERVE = 2.0  # seconds of every deadline kept for the save
 PUT_RESERVE = SAVE_RESERVE + r2.CONNECT_TIMEOUT + r2.READ_TIMEOUT  # what must be left when the put begins
 
 NOT_INDEXED_YET = timedelta(seconds=150)  # RunPod may not find a run that is younger than this
-RESULT_KEPT = timedelta(minutes=29)  # RunPod forgets a result 30 minutes after completion
+LAST_TRY = timedelta(minutes=27, seconds=30)  # RunPod forgets after 30 minutes; one more wait may take two of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Steps:
             return jobs.bury(job, error, now=now)
         if isinstance(error, PermanentError) and error.service != "r2":
             return jobs.fail(job, error, now=now)
-        if now - jobs.from_text(job.completed_at or job.updated_at) > RESULT_KEPT:
+        if now - jobs.from_text(job.completed_at or job.updated_at) > LAST_TRY:
             return jobs.bury(job, error, now=now)
         return jobs.hold(job, error, now=now, rng=self.rng)
 

@@ -1,11 +1,12 @@
 """One HTTP exchange, bounded in time and bytes, over a pooled session; errors say if it can have had effect."""
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
+from urllib3.exceptions import ClosedPoolError, ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError
 
 from chalicelib.errors import IndeterminateError, TransientError
 from chalicelib.runtime import Clock
@@ -36,7 +37,8 @@ class Wire:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._used_at = clock.monotonic()
+        self._used_at = clock.now()
+        self._idle_check = threading.Lock()
         self._session = requests.Session()
         # Neither ~/.netrc, which would replace our Authorization header, nor proxies from the environment.
         self._session.trust_env = False
@@ -62,6 +64,7 @@ class Wire:
         """
         self._drop_idle_connections()
         end = self._clock.monotonic() + timeout
+        connect = min(CONNECT_TIMEOUT, timeout / 2)
         try:
             with self._session.request(
                 method,
@@ -70,7 +73,7 @@ class Wire:
                 data=body,
                 allow_redirects=False,
                 stream=True,
-                timeout=(min(CONNECT_TIMEOUT, timeout), timeout),
+                timeout=(connect, timeout - connect),
             ) as response:
                 content = self._read(service, response, end, max_bytes)
                 return Reply(response.status_code, response.headers, content)
@@ -80,18 +83,21 @@ class Wire:
             ) from error
         except (requests.exceptions.RequestException, HTTPError) as error:
             raise _failure(service, error) from error
-        finally:
-            self._used_at = self._clock.monotonic()
 
     def _drop_idle_connections(self) -> None:
         # A frozen Lambda wakes with connections whose far end is long gone; the first POST on one of them would fail in
-        # a way that leaves open whether it arrived, and an unknown /run costs ten minutes of waiting.
-        if self._clock.monotonic() - self._used_at > IDLE_LIMIT:
-            self._session.close()
+        # a way that leaves open whether it arrived, and an unknown /run costs ten minutes of waiting. The wall clock is
+        # asked because the other one may stand still meanwhile.
+        with self._idle_check:
+            now = self._clock.now()
+            if abs((now - self._used_at).total_seconds()) > IDLE_LIMIT:
+                self._session.close()
+            self._used_at = now
 
     def _read(self, service: str, response: requests.Response, end: float, max_bytes: int) -> bytes:
         # read1 returns what has arrived; read would wait for a full chunk, for as long as a slow server likes.
         content = bytearray()
+        _limit_waiting(response, end - self._clock.monotonic())
         while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):
             content += chunk
             if len(content) > max_bytes:
@@ -104,18 +110,26 @@ class Wire:
                 raise IndeterminateError(
                     f"{service}_timeout", f"{service} did not finish its answer in time.", service=service
                 )
+            _limit_waiting(response, end - self._clock.monotonic())
         return bytes(content)
+
+
+def _limit_waiting(response: requests.Response, seconds: float) -> None:
+    # requests' timeout is for each wait on the socket, not for all of them together.
+    connection = getattr(response.raw, "connection", None)
+    if connection is not None and connection.sock is not None:
+        connection.sock.settimeout(max(0.1, seconds))
 
 
 def _failure(service: str, error: Exception) -> TransientError | IndeterminateError:
     cause = getattr(error.args[0], "reason", error.args[0]) if error.args else None
-    if isinstance(cause, (NewConnectionError, ConnectTimeoutError)) or isinstance(
+    if isinstance(cause, (NewConnectionError, ConnectTimeoutError, ClosedPoolError)) or isinstance(
         error, requests.exceptions.ConnectTimeout
     ):
         return TransientError(
             f"{service}_unreachable", f"{service} could not be reached; nothing was sent.", service=service
         )
-    if isinstance(error, requests.exceptions.Timeout):
+    if isinstance(error, (requests.exceptions.Timeout, ReadTimeoutError)):
         return IndeterminateError(f"{service}_timeout", f"{service} did not answer in time.", service=service)
     return IndeterminateError(
         f"{service}_cut_off", f"The connection to {service} broke before its answer was complete.", service=service

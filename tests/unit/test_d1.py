@@ -106,6 +106,15 @@ def test_what_may_have_happened_is_sent_again_and_can_succeed(answers, database,
     assert len(bodies) == 1
 
 
+@pytest.mark.parametrize("then", [(429, failed(971, "More than 1200 requests")), (401, failed(10000, "token"))])
+def test_what_may_have_happened_once_stays_in_doubt(answers, database, then):
+    answers.add("POST", URL, status=504, body="<html>")
+    answers.add("POST", URL, status=then[0], json=then[1])
+
+    with pytest.raises(IndeterminateError):
+        select(database)
+
+
 def test_three_tries_are_the_end(answers, database):
     answers.add("POST", URL, status=504, body="<html>")
 

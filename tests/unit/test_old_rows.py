@@ -111,7 +111,7 @@ def test_a_queued_row_is_submitted(old, old_bench, cloud):
 
     job = bench.job("a")
     assert (job.state, job.attempt) == (State.POLL, 1)
-    assert cloud.runpod.inputs() == [{"prompt": "an old cat", "model": "", "jobId": "a"}]
+    assert cloud.runpod.inputs() == [{"prompt": "an old cat", "model": "qwen-image", "jobId": "a"}]
     assert bench.timeline("a") == ["adopted", "submitting", "submitted"]
 
 

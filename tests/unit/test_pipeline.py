@@ -459,6 +459,48 @@ def test_a_save_whose_answer_was_lost_has_still_won(bench):
     assert bench.timeline(job_id) == ["created", "submitted", "completed"]
 
 
+def test_a_save_of_unknown_fate_keeps_its_nonce_and_has_won_when_it_is_known(bench):
+    job_id = bench.create()
+    bench.clock.advance(15)
+    (job,) = bench.service.store.claim(
+        nonce="a", now=bench.clock.now(), limits=Limits(submits=200), lease=60.0, ignore_due=True, timeout=5.0
+    )
+    change, _ = bench.service.pipeline.steps.poll(job, bench.deadline(), lease=60.0)
+    saver = bench.service.pipeline.saver
+    bench.faults.add(D1, LOST, times=3, after_effect=True)
+    with pytest.raises(IndeterminateError):
+        saver.save([change], bench.deadline())
+    assert saver.backlog == 1
+
+    won = saver.flush(bench.deadline())
+
+    assert [(one.job.id, one.event) for one in won] == [(job_id, "completed")]
+    assert saver.backlog == 0
+
+
+def test_large_answers_are_not_all_kept_in_memory(bench, monkeypatch):
+    monkeypatch.setattr("chalicelib.pipeline.KEPT_ANSWER_BYTES", 1)
+    ids = [bench.create(f"cat {n}") for n in range(5)]
+    calls = bench.cloud.calls["runpod"]
+
+    bench.round()
+
+    assert {bench.job(job_id).status for job_id in ids} == {"done"}
+    assert bench.cloud.calls["runpod"] - calls == 10  # each was asked for twice
+
+
+def test_a_bug_while_saving_loses_no_outcome(bench, monkeypatch):
+    job_id = bench.create()
+    monkeypatch.setattr("chalicelib.log.saved", lambda change: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.round()
+    monkeypatch.undo()
+
+    bench.round(after=70)
+
+    assert bench.job(job_id).status == "done"
+
+
 def test_one_bad_row_poisons_no_other_and_ends_with_a_reason(bench):
     ids = [bench.create(f"cat {n}") for n in range(7)]
     save = bench.service.store.save

@@ -1,4 +1,6 @@
 import socket
+import threading
+import time
 
 import pytest
 import requests
@@ -7,6 +9,7 @@ from urllib3.connection import HTTPConnection
 from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnectionError
 
 from chalicelib.errors import IndeterminateError, TransientError
+from chalicelib.runtime import Clock
 from chalicelib.wire import IDLE_LIMIT, Wire
 
 URL = "http://service.test/x"
@@ -90,6 +93,29 @@ def test_a_trickling_answer_is_cut_at_the_timeout(answers, clock):
         exchange(Wire(clock))
 
     assert caught.value.code == "d1_timeout"
+
+
+def test_a_body_that_never_comes_is_given_up_in_time():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
+                connection.recv(1)  # until the client has given up
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        start = time.perf_counter()
+        with pytest.raises(IndeterminateError) as caught:
+            Wire(Clock()).exchange(
+                "d1", "GET", f"http://127.0.0.1:{server.getsockname()[1]}/", headers={}, timeout=0.4, max_bytes=100
+            )
+        thread.join()
+
+    assert caught.value.code == "d1_timeout"
+    assert time.perf_counter() - start < 3
 
 
 def test_redirects_are_not_followed(answers, clock):
