@@ -9,7 +9,7 @@ from chalicelib.errors import IndeterminateError, PermanentError, ServiceError
 from chalicelib.jobs import FINAL, Change, Job
 from chalicelib.runpod import Runpod
 from chalicelib.runtime import Clock, Deadline
-from chalicelib.store import Store
+from chalicelib.store import Store, new_nonce
 
 SAVE_TIMEOUT = 8.0  # seconds
 CANCEL_TIMEOUT = 4.0  # seconds
@@ -64,7 +64,7 @@ class Saver:
         return self.flush(deadline)
 
     def _batch(self, changes: list[Change]) -> list[Batch]:
-        return [Batch(f"{self._rng.getrandbits(128):032x}", changes)] if changes else []
+        return [Batch(new_nonce(self._rng), changes)] if changes else []
 
     def _save_all(self, batches: list[Batch], deadline: Deadline) -> list[Change]:
         won: list[Change] = []

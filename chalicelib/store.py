@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from chalicelib.d1 import D1, Row, Statement
@@ -28,6 +29,11 @@ def load_queries(text: str) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 QUERIES = load_queries((Path(__file__).parent / "queries.sql").read_text(encoding="utf-8"))
+
+
+def new_nonce(rng: Random) -> str:
+    """A name for one batch, the same for all its tries, that no other batch has."""
+    return f"{rng.getrandbits(128):032x}"
 
 
 def bind(query: str, values: dict[str, Any]) -> Statement:

@@ -16,6 +16,7 @@ LAYERS = [
     {"d1", "runpod", "fetch", "r2", "outputs", "log"},
     {"store", "steps"},
     {"saver"},
+    {"rounds"},
     {"pipeline"},
     {"bootstrap", "inputs"},
     {"api"},

@@ -479,7 +479,7 @@ def test_a_save_of_unknown_fate_keeps_its_nonce_and_has_won_when_it_is_known(ben
 
 
 def test_large_answers_are_not_all_kept_in_memory(bench, monkeypatch):
-    monkeypatch.setattr("chalicelib.pipeline.KEPT_ANSWER_BYTES", 1)
+    monkeypatch.setattr("chalicelib.rounds.KEPT_ANSWER_BYTES", 1)
     ids = [bench.create(f"cat {n}") for n in range(5)]
     calls = bench.cloud.calls["runpod"]
 
@@ -588,7 +588,7 @@ def test_claimed_submits_that_cannot_be_sent_in_time_are_given_back(bench, monke
 
 def test_the_first_refused_save_stops_sending(bench, monkeypatch):
     monkeypatch.setattr("chalicelib.pipeline.THREADS", 1)
-    monkeypatch.setattr("chalicelib.pipeline.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("chalicelib.rounds.SAVE_EVERY", 0.0)
     monkeypatch.setattr(bench.service.store, "calls_left", lambda: 0)
     for n in range(5):
         bench.create(f"cat {n}")

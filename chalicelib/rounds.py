@@ -1,0 +1,183 @@
+"""
+A round: one pass of the pipeline over every job that is due.
+
+Claim → work → save: one D1 call takes what is due, threads ask RunPod and R2 side by side, and their outcomes are saved
+in groups. So the number of D1 calls does not grow with the number of jobs.
+"""
+
+from dataclasses import dataclass, field
+from random import Random
+
+from chalicelib import jobs, log
+from chalicelib.errors import ServiceError, TransientError
+from chalicelib.jobs import FINAL, Change, Job, State
+from chalicelib.runpod import Answer
+from chalicelib.runtime import Clock, Crew, Deadline
+from chalicelib.saver import Saver
+from chalicelib.steps import PUT_RESERVE, Steps
+from chalicelib.store import Limits, Store, new_nonce
+
+SAVE_EVERY = 1.0  # seconds between saves while work goes on; Cloudflare allows four calls a second for everything
+CLAIM_TIMEOUT = 12.0  # seconds
+LEASE_MARGIN = 5.5  # seconds that a lease outlives its deadline, which is half a second before the Lambda must be dead
+
+# Seconds that must be left to begin a step; what is not begun is given back, or is due again by itself.
+SUBMIT_BUDGET = 12.0
+POLL_BUDGET = 4.0
+STORE_BUDGET = PUT_RESERVE + 0.5
+
+SUBMITS_PER_ROUND = 200
+
+# Bytes of results kept in memory until they may be stored; for the others RunPod is asked again.
+KEPT_ANSWER_BYTES = 32_000_000
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What a round did: statuses asked, runs sent, and the jobs that became final."""
+
+    checked: int = 0
+    submitted: int = 0
+    updated: list[Job] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a step came to: the change to save, if any; whether RunPod was asked for a status, and what it answered."""
+
+    change: Change | None = None
+    asked: bool = False
+    answer: Answer | None = None
+
+
+class Round:
+    """One pass: claims, starts a step for each job, saves outcomes, and stores what it has won."""
+
+    def __init__(
+        self, *, store: Store, steps: Steps, saver: Saver, clock: Clock, rng: Random, crew: Crew, deadline: Deadline
+    ) -> None:
+        self._store = store
+        self._steps = steps
+        self._saver = saver
+        self._clock = clock
+        self._rng = rng
+        self._crew = crew
+        self._deadline = deadline
+        self._report = Report()
+        self._answers: dict[str, Answer] = {}
+        self._saves_refused = False
+        self._saved_at = clock.monotonic()
+
+    def run(self, *, ignore_due: bool) -> Report:
+        """Run to the end: no thread is left at work when this returns."""
+        self._go_on(self._saver.flush(self._deadline))
+        for job in self._claim(ignore_due):
+            self._start(job)
+        self._collect()
+        return self._report
+
+    def _claim(self, ignore_due: bool) -> list[Job]:
+        """What is due: results first, which RunPod forgets, then runs to send, which need time, then polls."""
+        submits = SUBMITS_PER_ROUND if self._deadline.left() > SUBMIT_BUDGET else 0
+        claimed = self._store.claim(
+            nonce=new_nonce(self._rng),
+            now=self._clock.now(),
+            limits=Limits(submits=submits),
+            lease=self._lease(),
+            ignore_due=ignore_due,
+            timeout=self._deadline.cap(CLAIM_TIMEOUT),
+        )
+        order = [State.STORE, State.SUBMITTING, State.POLL]
+        return sorted(claimed, key=lambda job: order.index(job.state))
+
+    def _lease(self) -> float:
+        """Seconds for which a result is ours: until this invocation must be dead, and a little more."""
+        return max(0.0, self._deadline.left()) + LEASE_MARGIN
+
+    def _start(self, job: Job, answer: Answer | None = None) -> None:
+        self._crew.start(lambda: self._work(job, answer))
+
+    def _work(self, job: Job, answer: Answer | None) -> Outcome:
+        """One step in a thread of the crew; whatever goes wrong concerns this job alone."""
+        try:
+            match job.state:
+                case State.SUBMITTING:
+                    return self._submit(job)
+                case State.POLL:
+                    return self._poll(job)
+                case _:
+                    return self._store_result(job, answer)
+        except TransientError as error:
+            log.failed("no_answer", error, job_id=job.id)
+            return Outcome(asked=True)
+        except Exception:
+            log.crashed("step_crashed", job_id=job.id)
+            if job.state is State.STORE:
+                return Outcome(
+                    change=self._steps.not_stored(
+                        job, TransientError("internal_error", "Storing the result failed inside the service.")
+                    )
+                )
+        return Outcome()
+
+    def _submit(self, job: Job) -> Outcome:
+        if self._deadline.left() < SUBMIT_BUDGET or self._saves_refused:
+            return Outcome(change=jobs.return_unsent(job, now=self._clock.now()))
+        return Outcome(change=self._steps.submit(job, self._deadline))
+
+    def _poll(self, job: Job) -> Outcome:
+        if self._deadline.left() < POLL_BUDGET:
+            return Outcome()
+        change, answer = self._steps.poll(job, self._deadline, lease=self._lease())
+        return Outcome(change=change, asked=True, answer=answer)
+
+    def _store_result(self, job: Job, answer: Answer | None) -> Outcome:
+        if self._deadline.left() < STORE_BUDGET:
+            return Outcome()
+        return Outcome(change=self._steps.store(job, answer, self._deadline))
+
+    def _collect(self) -> None:
+        """Gather outcomes until all work is done; save when the last is in, or a second after the last save."""
+        changes: list[Change] = []
+        while self._crew.busy or changes:
+            if self._crew.busy:
+                changes += self._gather(SAVE_EVERY)
+            if changes and (not self._crew.busy or self._clock.monotonic() - self._saved_at >= SAVE_EVERY):
+                self._save(changes)
+                changes = []
+
+    def _gather(self, timeout: float) -> list[Change]:
+        changes = []
+        for outcome in self._crew.wait(timeout):
+            if not isinstance(outcome, Outcome):
+                log.failed("step_ended", ServiceError("internal_error", f"A step ended with {outcome!r}."))
+                continue
+            self._report.checked += outcome.asked
+            if outcome.change is not None:
+                changes.append(outcome.change)
+                self._keep_answer(outcome.change, outcome.answer)
+        return changes
+
+    def _keep_answer(self, change: Change, answer: Answer | None) -> None:
+        kept = sum(answer.bytes for answer in self._answers.values())
+        if change.event == "completed" and answer is not None and kept + answer.bytes <= KEPT_ANSWER_BYTES:
+            self._answers[change.job.id] = answer
+
+    def _save(self, changes: list[Change]) -> None:
+        self._saved_at = self._clock.monotonic()
+        try:
+            self._go_on(self._saver.save(changes, self._deadline))
+        except ServiceError as error:
+            self._saves_refused = True  # no new paid run while its outcome could not be written down
+            log.failed("save_refused", error)
+
+    def _go_on(self, won: list[Change]) -> None:
+        """Take the next step of what was won: whoever saved `completed` holds the lease and stores."""
+        for change in won:
+            job = change.job
+            if change.accepted:
+                self._report.submitted += 1
+            if job.state in FINAL:
+                self._report.updated.append(job)
+            elif change.event == "completed":
+                self._start(job, self._answers.pop(job.id, None))
