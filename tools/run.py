@@ -89,10 +89,10 @@ def start(options: argparse.Namespace, children: list[subprocess.Popen[bytes]]) 
 
     try:
         folder = _data_folder(options.data)
+        env = _environment(options, folder)
         _check_port(options.cloud_port, "--cloud-port")
         if not options.cloud_only:
             _check_port(options.port, "--port")
-        env = _environment(options, folder)
         children.append(processes.spawn("tools.cloud", str(options.cloud_port), str(folder / "cloud"), env=env))
         _wait_for(f"http://127.0.0.1:{options.cloud_port}/", children)
         _apply_schema(env, real="d1" in options.real)

@@ -53,7 +53,7 @@ class D1:
     def execute(self, sql: str, *params: object) -> list[dict[str, Any]]:
         """Run one statement directly; for tests that look at the table or put old rows into it."""
         with self._lock:
-            cursor = self._connection.execute(sql, params)
+            cursor = self._connection.execute(sql, _numbered(sql, list(params)))
             names = [column[0] for column in cursor.description or ()]
             return [dict(zip(names, row, strict=True)) for row in cursor]
 
@@ -83,7 +83,7 @@ class D1:
     def _run_one(self, sql: str, params: list[Any]) -> dict[str, Any]:
         if TRANSACTION.match(sql):
             raise sqlite3.OperationalError("To execute a transaction, please use the state.storage.transaction() API")
-        cursor = self._connection.execute(sql, [_bound(value) for value in params])
+        cursor = self._connection.execute(sql, _numbered(sql, [_bound(value) for value in params]))
         names = [column[0] for column in cursor.description or ()]
         rows = [dict(zip(names, map(_unbound, row), strict=True)) for row in cursor]
         meta = {
@@ -116,6 +116,16 @@ def _split(sql: str) -> list[str]:
             parts.append(current)
             current = ""
     return [part for part in [*parts, current] if part.strip()]
+
+
+def _numbered(sql: str, values: list[Any]) -> list[Any] | dict[str, Any]:
+    # Python's sqlite3 takes a list for ? and wants a dictionary for ?1.
+    numbers = {int(number) for number in re.findall(r"\?(\d+)", sql)}
+    if not numbers:
+        return values
+    if max(numbers) != len(values):
+        raise sqlite3.ProgrammingError("Wrong number of parameter bindings for SQL query.")
+    return {str(number): value for number, value in enumerate(values, start=1)}
 
 
 def _bound(value: Any) -> Any:
