@@ -478,6 +478,23 @@ def test_a_save_of_unknown_fate_keeps_its_nonce_and_has_won_when_it_is_known(ben
     assert saver.backlog == 0
 
 
+def test_when_one_batch_is_refused_those_behind_it_are_kept_too(bench, monkeypatch):
+    saver = bench.service.pipeline.saver
+    ids = [bench.create(f"cat {n}") for n in range(2)]
+    held = [bench.job(job_id) for job_id in ids]
+    changes = [jobs.fail(job, PermanentError("worker_failed", "boom"), now=bench.clock.now()) for job in held]
+    bench.faults.add(D1, LOST, times=3)
+    with pytest.raises(IndeterminateError):
+        saver.save([changes[0]], bench.deadline())
+    bench.faults.add(D1, LOST, times=3)
+    with pytest.raises(IndeterminateError):
+        saver.save([changes[1]], bench.deadline())
+    assert saver.backlog == 2
+
+    assert len(saver.flush(bench.deadline())) == 2
+    assert [bench.job(job_id).status for job_id in ids] == ["error", "error"]
+
+
 def test_large_answers_are_not_all_kept_in_memory(bench, monkeypatch):
     monkeypatch.setattr("chalicelib.rounds.KEPT_ANSWER_BYTES", 1)
     ids = [bench.create(f"cat {n}") for n in range(5)]

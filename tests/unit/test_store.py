@@ -160,7 +160,7 @@ def test_a_lost_submit_goes_back_and_is_sent_again_with_a_warning(insert, claim,
     assert events(table) == ["possible_duplicate", "submitting"]
 
 
-def test_claiming_one_takes_the_oldest_whether_due_or_not(insert, store, clock):
+def test_claiming_one_takes_the_oldest_whether_due_or_not(insert, store, clock, table):
     insert("new", created_at="2026-01-31T00:00:02.000Z")
     insert("old", created_at="2026-01-31T00:00:01.000Z", due_at="2027-01-01T00:00:00.000Z")
 
@@ -168,6 +168,7 @@ def test_claiming_one_takes_the_oldest_whether_due_or_not(insert, store, clock):
     again, _ = store.claim_one(None, nonce="n1", now=clock.now(), timeout=5.0)
 
     assert (claimed.id, again.id, named) == ("old", "old", None)
+    assert one(table, "new")["step"] == "submit"
 
 
 @pytest.mark.parametrize("step", ["submitting", "poll", "store"])
@@ -259,6 +260,16 @@ def test_a_stale_save_wins_nothing_and_writes_no_line(insert, claim, store, cloc
     assert events(table) == ["completed"]
 
 
+def test_a_stale_save_writes_no_line_even_where_there_is_none_to_collide_with(insert, claim, store, clock, table):
+    insert(step="poll")
+    (job,) = claim("n1")
+    save(store, clock, completed(job, clock, lease_until=jobs.to_text(clock.now())), nonce="w1")
+    claim("n2")  # the store claim has a version of its own, and no line
+
+    assert save(store, clock, completed(job, clock), nonce="w2") == {}
+    assert events(table) == ["completed"]
+
+
 def test_a_final_row_is_not_changed_even_by_its_own_version(insert, store, clock, table, job_factory):
     insert(step="poll")
     table("UPDATE jobs SET status = 'done', step = NULL")  # by the earlier version, which counts no versions
@@ -316,6 +327,7 @@ def test_acceptance_is_saved_whatever_was_written_meanwhile(insert, claim, store
         "attempt = attempt + 1",
         "runpod_job_id = 'another', step = 'poll', status = 'running'",
         "status = 'cancelled', step = NULL",
+        "runpod_job_id = 'run-9', step = 'submit'",  # recorded, lost by RunPod, and waiting for the next attempt
     ],
 )
 def test_acceptance_of_an_attempt_that_is_over_wins_nothing(insert, claim, store, clock, table, meanwhile):
