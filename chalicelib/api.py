@@ -10,7 +10,7 @@ from chalice.app import Request, Response
 
 from chalicelib import auth, inputs, log
 from chalicelib.bootstrap import Service, service
-from chalicelib.errors import RequestError, ServiceError
+from chalicelib.errors import IndeterminateError, RequestError, ServiceError
 from chalicelib.jobs import FINAL, Job, State, Status
 from chalicelib.runtime import Deadline
 
@@ -18,6 +18,7 @@ from chalicelib.runtime import Deadline
 BODY_TYPES = ["application/json", "text/plain", "application/x-www-form-urlencoded"]
 
 REQUEST_SECONDS = 24.0  # every request is over in 25 s; API Gateway gives up after 29
+READ_SECONDS = 10.0
 DEV_ROUND_SECONDS = 20.0
 SCHEDULE_RESERVE = 0.5  # seconds of the Lambda's time kept for returning
 
@@ -76,7 +77,8 @@ def _refuse(error: ServiceError) -> Response:
         headers["Retry-After"] = str(math.ceil(error.retry_after))
     if error.http_status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return _respond(error.http_status, {"ok": False, "error": error.sentence, "code": error.code}, headers)
+    about = {"id": error.job_id} if error.job_id else {}
+    return _respond(error.http_status, {"ok": False, "error": error.sentence, "code": error.code, **about}, headers)
 
 
 def shape_chalice_errors(response: Response) -> Response:
@@ -105,7 +107,12 @@ def create_job(current: Service, request: Request) -> Answer:
     model = inputs.read_model(body)
     prompt, payload = inputs.read_prompt_and_input(body)
     job = current.pipeline.new_job(prompt=prompt, model=model, payload=payload)
-    current.pipeline.create(job, Deadline(current.clock, REQUEST_SECONDS))
+    try:
+        current.pipeline.create(job, Deadline(current.clock, REQUEST_SECONDS))
+    except IndeterminateError as error:
+        error.sentence += " The job may have been made all the same: ask for it by this id before you send it again."
+        error.job_id = job.id
+        raise
     return {"id": job.id, "status": Status.QUEUED}
 
 
@@ -115,7 +122,7 @@ def get_status(current: Service, request: Request, job_id: str | None = None) ->
     asked = unquote(job_id) if job_id is not None else inputs.query_of(request).get("id", "")
     if not asked.strip():
         raise RequestError("id_required", "id is required: /api/queue/status?id=…")
-    return _view(_found(current.store.get(inputs.read_id(asked), timeout=REQUEST_SECONDS)))
+    return _view(_found(current.store.get(inputs.read_id(asked), timeout=READ_SECONDS)))
 
 
 @_route()
@@ -127,7 +134,7 @@ def list_jobs(current: Service, request: Request) -> Answer:
         inputs.read_status(query.get("status")),
         inputs.read_cursor(query.get("cursor")),
     )
-    found = current.store.newest(limit=limit + 1, after=after, status=status, timeout=REQUEST_SECONDS)
+    found = current.store.newest(limit=limit + 1, after=after, status=status, timeout=READ_SECONDS)
     page = found[:limit]
     more = len(found) > limit
     return {"jobs": [_view(job) for job in page], "next_cursor": inputs.make_cursor(page[-1]) if more else None}
@@ -136,7 +143,7 @@ def list_jobs(current: Service, request: Request) -> Answer:
 @_route()
 def get_job(current: Service, request: Request, job_id: str) -> Answer:
     """One job with its timeline."""
-    job, timeline = current.store.get_with_timeline(inputs.read_id(unquote(job_id)), timeout=REQUEST_SECONDS)
+    job, timeline = current.store.get_with_timeline(inputs.read_id(unquote(job_id)), timeout=READ_SECONDS)
     lines = [{"at": line["at"], "event": line["event"], **json.loads(line["detail"])} for line in timeline]
     return {"job": {**_view(_found(job)), "timeline": lines}}
 
@@ -146,9 +153,9 @@ def send_job(current: Service, request: Request) -> Answer:
     """Send one waiting job to RunPod now."""
     body = inputs.read_body(request, empty_is={})
     job_id = body.get("jobId")
-    if job_id is not None and (not isinstance(job_id, str) or not job_id.strip()):
+    if (body and job_id is None) or (job_id is not None and (not isinstance(job_id, str) or not job_id.strip())):
         raise RequestError(
-            "job_id_invalid", "jobId must be the id of a job, or left out for the oldest one that waits."
+            "job_id_invalid", "jobId must be the id of a job; send no body at all for the oldest one that waits."
         )
     job, error = current.pipeline.send_one(
         None if job_id is None else inputs.read_id(job_id), Deadline(current.clock, REQUEST_SECONDS)
@@ -211,6 +218,7 @@ def _view(job: Job) -> Answer:
         "submitted_at": job.submitted_at,
         "completed_at": job.completed_at,
         "finished_at": job.finished_at,
+        "dead_at": job.dead_at,
         "next_at": job.due_at or None if job.step else None,
     }
 

@@ -17,5 +17,5 @@ def require_key(authorization: str, settings: Settings) -> None:
     digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).hexdigest()
     # Every hash is compared, each in constant time, so that the time taken says nothing.
     matches = [hmac.compare_digest(digest, accepted) for accepted in settings.api_key_hashes]
-    if scheme.lower() != "bearer" or not any(matches):
+    if scheme.lower() != "bearer" or not key.strip() or not any(matches):
         raise RequestError("unauthorized", "This needs an API key: send `Authorization: Bearer <key>`.")

@@ -157,14 +157,15 @@ def _failure(reply: Reply, envelope: dict[str, Any]) -> ServiceError:
     errors = envelope.get("errors")
     first = errors[0] if isinstance(errors, list) and errors and isinstance(errors[0], dict) else {}
     message = str(first.get("message", ""))[:500]
+    said = f": {message}" if message else ""
     if reply.status == 429:
         return _overloaded(reply, first.get("code"), message)
     if reply.status in (401, 403):
         return PermanentError(
-            "d1_unauthorized", f"D1 refused the token or the account (HTTP {reply.status}): {message}", service="d1"
+            "d1_unauthorized", f"D1 refused the token or the account (HTTP {reply.status}{said}).", service="d1"
         )
     if reply.status == 404:
-        return PermanentError("d1_not_found", f"D1 does not know the database: {message}", service="d1")
+        return PermanentError("d1_not_found", f"D1 does not know the database (HTTP 404{said}).", service="d1")
     if 400 <= reply.status < 500:
         return _refused(message)
     return IndeterminateError(

@@ -25,6 +25,7 @@ REQUEST_STATUS = {
     "limit_invalid": 400,
     "method_not_allowed": 405,
     "model_invalid": 400,
+    "prompt_invalid": 400,
     "prompt_required": 400,
     "prompt_too_long": 400,
     "request_refused": 400,
@@ -45,6 +46,7 @@ class ServiceError(Exception):
         self.sentence = sentence
         self.service = service
         self.retry_after = retry_after
+        self.job_id: str | None = None  # the job that it is about, where the caller cannot know it yet
 
 
 class RequestError(ServiceError):

@@ -28,11 +28,14 @@ def read_body(request: Request, *, empty_is: dict[str, Any] | None = None) -> di
     if not raw.strip() and empty_is is not None:
         return empty_is
     try:
-        body = json.loads(raw, parse_constant=_no_constant)
+        body = json.loads(raw if isinstance(raw, str) else raw.decode("utf-8"), parse_constant=_no_constant)
         # Refuses numbers that overflow to infinity and halves of characters, neither of which can be stored.
         json.dumps(body, allow_nan=False, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise RequestError("body_not_json", "The body must be JSON in UTF-8.") from error
+        raise RequestError(
+            "body_not_json",
+            "The body must be JSON in UTF-8, not nested deep, without half characters, NaN or endless numbers.",
+        ) from error
     if not isinstance(body, dict):
         raise RequestError("body_not_object", "The body must be a JSON object.")
     return body
@@ -48,30 +51,42 @@ def read_model(body: dict[str, Any]) -> str:
     if model is None:
         return DEFAULT_MODEL
     if not isinstance(model, str) or not model.strip() or len(model) > MAX_MODEL_CHARS or "\0" in model:
-        raise RequestError("model_invalid", f"model must be a name of 1 to {MAX_MODEL_CHARS} characters.")
+        raise RequestError(
+            "model_invalid", f"model must be a name of 1 to {MAX_MODEL_CHARS} characters, none of them NUL."
+        )
     return model.strip()
 
 
 def read_prompt_and_input(body: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
     """The prompt to show, and the object for RunPod where it is not the default one."""
     prompt, given = body.get("prompt"), body.get("input")
-    if given is not None and not isinstance(given, dict):
+    if given is None:
+        return _read_prompt(prompt), None
+    if not isinstance(given, dict):
         raise RequestError("input_invalid", "input must be a JSON object.")
-    if prompt is None and given is not None:
-        if not given:
-            raise RequestError(
-                "input_invalid", "input must not be empty: no worker takes that. Give it fields, or give a prompt."
-            )
-        return "", given
-    if not isinstance(prompt, str) or not prompt.strip():
+    if prompt is not None:
+        prompt = _read_prompt(prompt)
+        return prompt, jobs.payload_from(given, prompt)
+    if not given:
+        raise RequestError(
+            "input_invalid", "input must not be empty: no worker takes that. Give it fields, or a prompt."
+        )
+    inner = given.get("prompt")
+    return inner[:MAX_PROMPT_CHARS].replace("\0", "") if isinstance(inner, str) else "", given
+
+
+def _read_prompt(prompt: object) -> str:
+    if prompt is not None and not isinstance(prompt, str):
+        raise RequestError("prompt_invalid", "prompt must be text.")
+    if prompt is None or not prompt.strip():
         raise RequestError("prompt_required", "prompt is required")
     if len(prompt) > MAX_PROMPT_CHARS:
         raise RequestError(
             "prompt_too_long", f"prompt must have at most {MAX_PROMPT_CHARS} characters; this one has {len(prompt)}."
         )
     if "\0" in prompt:
-        raise RequestError("prompt_required", "prompt must not contain the NUL character.")
-    return prompt, None if given is None else jobs.payload_from(given, prompt)
+        raise RequestError("prompt_invalid", "prompt must not contain the NUL character.")
+    return prompt
 
 
 def read_id(job_id: str) -> str:

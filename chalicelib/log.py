@@ -70,5 +70,6 @@ def crashed(what: str, *, job_id: str | None = None) -> None:
 
 
 def round_over(*, checked: int, submitted: int, updated: int, seconds: float) -> None:
-    """One pass of the pipeline is over."""
-    _write(logging.INFO, "round", checked=checked, submitted=submitted, updated=updated, seconds=round(seconds, 2))
+    """One pass of the pipeline is over; one that had nothing to do is not worth a line."""
+    if checked or submitted or updated:
+        _write(logging.INFO, "round", checked=checked, submitted=submitted, updated=updated, seconds=round(seconds, 2))

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -115,23 +115,28 @@ def load(environ: Mapping[str, str] = os.environ, *, env_file: Path | None = Non
 
 
 def _parse(given: Mapping[str, str], needed: re.Pattern[str]) -> dict[str, Any]:
-    values = {}
-    for entry in fields(Settings):
-        name = entry.name.upper()
-        text = given.get(name, "").strip()
-        if not text:
-            if entry.default is MISSING and not needed.match(name):
-                values[entry.name] = ""
-            elif entry.default is MISSING:
-                raise SettingError(
-                    "setting_missing", f"Setting {name} is missing: {entry.metadata['about']}. Set it and try again."
-                )
-            continue
+    texts = {entry: given.get(entry.name.upper(), "").strip() for entry in fields(Settings)}
+    missing = [entry for entry, text in texts.items() if not text and entry.default is MISSING]
+    _require([entry for entry in missing if needed.match(entry.name.upper())])
+    values: dict[str, Any] = {entry.name: "" for entry in missing}
+    for entry, text in texts.items():
         try:
-            values[entry.name] = entry.metadata["parse"](text)
+            if text:
+                values[entry.name] = entry.metadata["parse"](text)
         except ValueError as error:
+            name = entry.name.upper()
             raise SettingError("setting_malformed", f"Setting {name} is malformed: it must be {error}.") from error
     return values
+
+
+def _require(missing: list[Field[Any]]) -> None:
+    if not missing:
+        return
+    named = " and ".join(f"{entry.name.upper()} ({entry.metadata['about']})" for entry in missing)
+    verb = "Setting {} is missing" if len(missing) == 1 else "Settings {} are missing"
+    raise SettingError(
+        "setting_missing", f"{verb.format(named)}; set it in the environment, or in .env.local on your own machine."
+    )
 
 
 def read_env_file(path: Path) -> dict[str, str]:
@@ -153,5 +158,5 @@ def read_env_file(path: Path) -> dict[str, str]:
                 if binding.key is not None and binding.value is not None:
                     values[binding.key] = binding.value
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingError("setting_malformed", f"{path.name} cannot be read as UTF-8 text: {error}") from error
+        raise SettingError("setting_malformed", f"{path.name} cannot be read: {error}") from error
     return values

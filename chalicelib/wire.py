@@ -15,6 +15,7 @@ CONNECT_TIMEOUT = 3.05  # seconds; just over TCP's first retransmission
 POOL_SIZE = 32  # connections kept to one host; at least the number of threads that share the session
 IDLE_LIMIT = 30  # seconds a kept connection is trusted for
 CHUNK_BYTES = 65_536
+NAMES = {"d1": "D1", "runpod": "RunPod", "result": "The host of the worker's link"}  # in sentences
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Wire:
                 return Reply(response.status_code, response.headers, content)
         except requests.exceptions.InvalidURL as error:
             raise TransientError(
-                f"{service}_unreachable", f"{service} has no valid address; check its base URL.", service=service
+                f"{service}_unreachable", f"{NAMES[service]} has no valid address; check its base URL.", service=service
             ) from error
         except (requests.exceptions.RequestException, HTTPError) as error:
             raise _failure(service, error) from error
@@ -103,12 +104,12 @@ class Wire:
             if len(content) > max_bytes:
                 raise IndeterminateError(
                     f"{service}_answer_too_large",
-                    f"{service} answered with more than {max_bytes} bytes.",
+                    f"{NAMES[service]} answered with more than {max_bytes} bytes.",
                     service=service,
                 )
             if self._clock.monotonic() > end:
                 raise IndeterminateError(
-                    f"{service}_timeout", f"{service} did not finish its answer in time.", service=service
+                    f"{service}_timeout", f"{NAMES[service]} did not finish its answer in time.", service=service
                 )
             _limit_waiting(response, end - self._clock.monotonic())
         return bytes(content)
@@ -127,10 +128,12 @@ def _failure(service: str, error: Exception) -> TransientError | IndeterminateEr
         error, requests.exceptions.ConnectTimeout
     ):
         return TransientError(
-            f"{service}_unreachable", f"{service} could not be reached; nothing was sent.", service=service
+            f"{service}_unreachable", f"{NAMES[service]} could not be reached; nothing was sent.", service=service
         )
     if isinstance(error, (requests.exceptions.Timeout, ReadTimeoutError)):
-        return IndeterminateError(f"{service}_timeout", f"{service} did not answer in time.", service=service)
+        return IndeterminateError(f"{service}_timeout", f"{NAMES[service]} did not answer in time.", service=service)
     return IndeterminateError(
-        f"{service}_cut_off", f"The connection to {service} broke before its answer was complete.", service=service
+        f"{service}_cut_off",
+        f"{NAMES[service]} broke the connection off before its answer was complete.",
+        service=service,
     )

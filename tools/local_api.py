@@ -3,11 +3,13 @@
 import sys
 
 from chalice.cli import main
+from chalice.local import ThreadedHTTPServer
 
 from tools.processes import end_with_parent
 
 if __name__ == "__main__":
     end_with_parent()
     # Autoreload would restart the service at every change of a file in the folder, and leave a child behind at SIGTERM.
+    ThreadedHTTPServer.request_queue_size = 128  # the usual 5 resets connections when fifty clients come at once
     sys.argv[1:] = ["local", "--no-autoreload", "--host", "127.0.0.1", "--port", sys.argv[1]]
     main()

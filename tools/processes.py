@@ -14,7 +14,8 @@ def end_with_parent() -> None:
     """In a child: end at once when the parent is gone, which closes the pipe that is our standard input."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not sys.stdin, whose lock would be held while the interpreter ends
+            pass
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()

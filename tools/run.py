@@ -7,6 +7,7 @@ checkout and are there again at the next start. Ctrl-C stops everything.
 """
 
 import argparse
+import fcntl
 import hashlib
 import os
 import secrets
@@ -37,7 +38,12 @@ def read_arguments() -> argparse.Namespace:
         prog="./run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--port", type=int, default=8000, help="port of the API (default: %(default)s)")
-    parser.add_argument("--cloud-port", type=int, default=8001, help="port of the local cloud (default: %(default)s)")
+    parser.add_argument(
+        "--cloud-port",
+        type=int,
+        default=8001,
+        help="port of the local cloud (default: %(default)s); result links name it, so keep it",
+    )
     parser.add_argument(
         "--data",
         type=Path,
@@ -60,7 +66,7 @@ def read_arguments() -> argparse.Namespace:
 
 def _clouds(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in CLOUDS]:
+    if unknown := [name for name in names or [text] if name not in CLOUDS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(CLOUDS)}")
     return names
 
@@ -69,7 +75,7 @@ def main() -> None:
     """The command."""
     options = read_arguments()
     signal.signal(signal.SIGTERM, _interrupt)
-    children: list[subprocess.Popen[bytes]] = []
+    children: dict[str, subprocess.Popen[bytes]] = {}
     try:
         start(options, children)
         _wait(children)
@@ -79,11 +85,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nStopping.")
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave children behind
-        processes.stop(children)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a second one must not leave children behind
+        processes.stop(list(children.values()))
 
 
-def start(options: argparse.Namespace, children: list[subprocess.Popen[bytes]]) -> None:
+def start(options: argparse.Namespace, children: dict[str, subprocess.Popen[bytes]]) -> None:
     """Start the processes one after the other, each when the one before answers; raises Problem."""
     from chalicelib.errors import ServiceError
 
@@ -93,31 +100,40 @@ def start(options: argparse.Namespace, children: list[subprocess.Popen[bytes]]) 
         _check_port(options.cloud_port, "--cloud-port")
         if not options.cloud_only:
             _check_port(options.port, "--port")
-        children.append(processes.spawn("tools.cloud", str(options.cloud_port), str(folder / "cloud"), env=env))
+        if options.port == options.cloud_port:
+            raise Problem(
+                f"--port and --cloud-port are both {options.port}; the API and the local cloud need one each."
+            )
+        children["local cloud"] = processes.spawn(
+            "tools.cloud", str(options.cloud_port), str(folder / "cloud"), env=env
+        )
         _wait_for(f"http://127.0.0.1:{options.cloud_port}/", children)
         _apply_schema(env, real="d1" in options.real)
         if options.cloud_only:
             _say_how_to_go_on(folder, env, options)
             return
-        children.append(processes.spawn("tools.local_api", str(options.port), env=env))
+        children["API"] = processes.spawn("tools.local_api", str(options.port), env=env)
         _wait_for(f"http://127.0.0.1:{options.port}/health", children)
-        children.append(processes.spawn("tools.schedule", env=env))
+        children["schedule"] = processes.spawn("tools.schedule", env=env)
         _say_what_to_try(folder, options)
     except ServiceError as error:
         raise Problem(error.sentence) from error
 
 
 def _data_folder(given: Path | None) -> Path:
+    """The folder for the data, ours alone until we end."""
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    folder = (given or state / "ob-ai-studio").expanduser().resolve()
+    folder = Path(os.environ.get("CALLED_FROM", ""), (given or state / "ob-ai-studio").expanduser()).resolve()
     if folder.is_relative_to(processes.ROOT):
-        raise Problem(
-            f"{folder} lies inside the checkout; `chalice local` would restart at every change. Choose another --data."
-        )
+        raise Problem(f"{folder} lies inside the checkout, where plain `chalice local` would restart at every change.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)  # held until the process ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Problem(f"{folder} is used by another ./run; stop that one or choose another --data.") from error
     except OSError as error:
-        raise Problem(f"The data folder cannot be made: {error}") from error
+        raise Problem(f"The data folder cannot be used: {error}") from error
     return folder
 
 
@@ -144,8 +160,11 @@ def _environment(options: argparse.Namespace, folder: Path) -> dict[str, str]:
     local = {
         name: value for name, value in settings_for(base_url, Account()).items() if not (real and name.startswith(real))
     }
-    in_file = settings.read_env_file(settings.ENV_FILE)
-    hashes = os.environ.get("API_KEY_HASHES") or in_file.get("API_KEY_HASHES") or ""
+    given = {**settings.read_env_file(settings.ENV_FILE), **os.environ}
+    if "r2" in options.real and "d1" not in options.real and not given.get("R2_ENDPOINT_URL"):
+        # Otherwise it would be made from the account id, which is the local D1's here.
+        raise Problem("--real r2 without d1 needs R2_ENDPOINT_URL: https://<account id>.r2.cloudflarestorage.com")
+    hashes = given.get("API_KEY_HASHES", "")
     key_hash = hashlib.sha256(_api_key(folder).encode()).hexdigest()
     env = {
         **os.environ,
@@ -158,11 +177,17 @@ def _environment(options: argparse.Namespace, folder: Path) -> dict[str, str]:
 
 
 def _api_key(folder: Path) -> str:
+    """The key of this folder, made once."""
     path = folder / "api-key"
-    if not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(f"ob_{secrets.token_urlsafe(24)}\n")
-    return path.read_text().strip()
+    try:
+        key = path.read_text(encoding="ascii").strip() if path.exists() else ""
+        if not key:
+            key = f"ob_{secrets.token_urlsafe(24)}"
+            path.touch(mode=0o600)
+            path.write_text(f"{key}\n", encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(f"The API key cannot be kept in {path}: {error}") from error
+    return key
 
 
 def _apply_schema(env: dict[str, str], *, real: bool) -> None:
@@ -182,7 +207,7 @@ def _apply_schema(env: dict[str, str], *, real: bool) -> None:
         )
 
 
-def _wait_for(url: str, children: list[subprocess.Popen[bytes]]) -> None:
+def _wait_for(url: str, children: dict[str, subprocess.Popen[bytes]]) -> None:
     end = time.monotonic() + READY_SECONDS
     while time.monotonic() < end:
         try:
@@ -196,18 +221,19 @@ def _wait_for(url: str, children: list[subprocess.Popen[bytes]]) -> None:
     raise Problem(f"{url} did not answer within {READY_SECONDS:.0f} seconds.")
 
 
-def _wait(children: list[subprocess.Popen[bytes]]) -> None:
+def _wait(children: dict[str, subprocess.Popen[bytes]]) -> None:
     while True:
         time.sleep(0.5)
         _check_children(children)
 
 
-def _check_children(children: list[subprocess.Popen[bytes]]) -> None:
-    for child in children:
-        if child.poll() is not None:
-            raise Problem(
-                f"A process ended by itself (exit status {child.returncode}): {child.args!r}. It said why above."
-            )
+def _check_children(children: dict[str, subprocess.Popen[bytes]]) -> None:
+    for name, child in children.items():
+        status = child.poll()
+        if status is not None and status < 0:
+            raise Problem(f"The {name} was ended by signal {-status}.")
+        if status is not None:
+            raise Problem(f"The {name} has ended by itself (exit status {status}); what it said stands above.")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -223,7 +249,7 @@ def _say_what_to_try(folder: Path, options: argparse.Namespace) -> None:
         f"""
 OB AI Studio is running ({real}).
 
-  URL       {api}/health
+  URL       {api}  (alive: {api}/health)
   API key   {key}
   Data      {folder}
 
@@ -231,9 +257,9 @@ Try it; the picture is done in about 20 seconds, without any further command:
 
   curl -s {api}/api/queue/create -H 'Authorization: Bearer {key}' -d '{{"prompt":"{EXAMPLE_PROMPT}"}}'
 
-See the newest job, with its result_url:
+Then the address of the picture, to open in a browser:
 
-  curl -s '{api}/api/jobs?limit=1' -H 'Authorization: Bearer {key}'
+  curl -s '{api}/api/jobs?limit=1' -H 'Authorization: Bearer {key}' | grep -o '"result_url": "[^"]*"'
 
 Ctrl-C stops everything.
 """,

@@ -14,7 +14,7 @@ find_python() {
 
 install() {
   python=$(find_python) || { say "Python 3.11 or newer is needed and was not found. Install it and try again."; exit 1; }
-  wanted="$("$python" -V) $(cat requirements.txt requirements-dev.txt | cksum)"
+  wanted="$PWD $("$python" -V) $(cat requirements.txt requirements-dev.txt | cksum)"
   [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] && return
   say "installing into .venv (once; about a minute)"
   rm -rf .venv

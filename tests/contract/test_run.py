@@ -76,7 +76,7 @@ class Running:
 
 def test_a_job_ends_by_itself_and_is_still_there_after_a_second_start(tmp_path):
     first = Running(tmp_path / "data")
-    assert re.search(r"URL +http://127\.0\.0\.1:\d+/health", first.said)
+    assert re.search(r"URL +http://127\.0\.0\.1:\d+ ", first.said)
     assert first.said.count("/api/queue/create") == 1
     prompt = "แมวสีส้มนั่งบนดวงจันทร์"
     created = first.call("POST", "/api/queue/create", json={"prompt": prompt})
@@ -163,15 +163,75 @@ def test_a_port_in_use_is_one_sentence(tmp_path):
     [
         (["--port", "0"], "--port 0 is no port"),
         (["--data", str(ROOT / "data")], "lies inside the checkout"),
-        (["--data", "/proc/nothing"], "The data folder cannot be made"),
-        (["--real", "runpod"], "Setting RUNPOD_API_KEY is missing"),
+        (["--data", "/proc/nothing"], "The data folder cannot be used"),
+        (["--real", "r2"], "--real r2 without d1 needs R2_ENDPOINT_URL"),
+        (["--real", "runpod"], "Settings RUNPOD_API_KEY (RunPod API key) and RUNPOD_ENDPOINT_ID"),
     ],
 )
-def test_what_keeps_it_from_starting_is_one_sentence(options, sentence):
-    answer = refused("--cloud-port", str(free_port()), "--port", str(free_port()), *options)
+def test_what_keeps_it_from_starting_is_one_sentence(tmp_path, options, sentence):
+    ports = ["--cloud-port", str(free_port()), "--port", str(free_port())]
+
+    answer = refused("--data", str(tmp_path), *ports, *options)
 
     assert (answer.returncode, len(answer.stderr.splitlines())) == (1, 1)
     assert sentence in answer.stderr
+
+
+def test_one_port_for_both_is_told(tmp_path):
+    port = str(free_port())
+
+    answer = refused("--port", port, "--cloud-port", port, "--data", str(tmp_path))
+
+    assert (
+        answer.stderr == f"./run: --port and --cloud-port are both {port}; the API and the local cloud need one each.\n"
+    )
+
+
+def test_a_folder_in_use_is_told(tmp_path):
+    running = Running(tmp_path, "--cloud-only")
+
+    answer = refused("--port", str(free_port()), "--cloud-port", str(free_port()), "--data", str(tmp_path))
+    running.stop()
+
+    assert answer.stderr == f"./run: {tmp_path} is used by another ./run; stop that one or choose another --data.\n"
+
+
+def test_a_damaged_data_folder_is_told(tmp_path):
+    (tmp_path / "cloud").mkdir()
+    (tmp_path / "cloud" / "d1.sqlite").write_bytes(b"garbage" * 1000)
+
+    answer = refused("--port", str(free_port()), "--cloud-port", str(free_port()), "--data", str(tmp_path))
+
+    assert answer.stderr.splitlines() == [
+        f"The local cloud cannot use {tmp_path}/cloud: file is not a database",
+        "./run: The local cloud has ended by itself (exit status 1); what it said stands above.",
+    ]
+
+
+def test_an_empty_key_is_made_anew(tmp_path):
+    (tmp_path / "api-key").write_text("")
+
+    running = Running(tmp_path, "--cloud-only")
+    running.stop()
+
+    assert running.key.startswith("ob_")
+
+
+def test_fifty_clients_at_once_are_all_answered(tmp_path):
+    running = Running(tmp_path)
+    answers = []
+
+    def create(n):
+        answers.append(running.call("POST", "/api/queue/create", json={"prompt": f"cat {n}"})["ok"])
+
+    threads = [threading.Thread(target=create, args=(n,)) for n in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    running.stop()
+
+    assert answers == [True] * 50
 
 
 def test_an_unknown_cloud_is_told(tmp_path):

@@ -1,6 +1,7 @@
 """Every route, as a client sees it: Chalice's own test client over the local cloud."""
 
 import base64
+import hashlib
 import json
 import subprocess
 import sys
@@ -66,6 +67,16 @@ def test_create_without_a_prompt(client, cloud):
     assert (status, body) == (400, {"ok": False, "error": "prompt is required", "code": "prompt_required"})
 
 
+def test_a_create_of_unknown_fate_names_the_job_that_may_be_there(client, faults, cloud):
+    faults.add(D1, requests.ReadTimeout(), times=3, after_effect=True)
+
+    status, body, _ = call(client, "POST", "/api/queue/create", {"prompt": "a cat"})
+
+    assert (status, body["code"]) == (503, "d1_timeout")
+    assert "may have been made" in body["error"]
+    assert call(client, "GET", f"/api/queue/status/{body['id']}")[1]["status"] == "queued"
+
+
 def test_create_answers_queued_though_runpod_is_down(client, faults, cloud):
     faults.add(RUN, requests.ReadTimeout())
 
@@ -93,6 +104,7 @@ def test_create_reads_json_whatever_it_is_called(client, content_type):
         ({"prompt": "a", "input": {"steps": 3}}, {"steps": 3, "prompt": "a"}),
         ({"prompt": "a", "input": {"workflow": {"x": [1.5, None, True]}}}, {"workflow": {"x": [1.5, None, True]}}),
         ({"prompt": "a", "input": {}}, {"prompt": "a"}),
+        ({"input": {"prompt": "its own"}}, {"prompt": "its own"}),
     ],
 )  # fmt: skip
 def test_what_runpod_gets(client, cloud, body, sent):
@@ -100,6 +112,7 @@ def test_what_runpod_gets(client, cloud, body, sent):
 
     wanted = {name: answer["id"] if value == "ID" else value for name, value in sent.items()}
     assert cloud.runpod.inputs() == [wanted]
+    assert rows(cloud)[0]["prompt"] == (body.get("prompt") or body["input"].get("prompt", ""))
 
 
 @pytest.mark.parametrize("path", ["/api/queue/status?id={}", "/api/queue/status/{}"])
@@ -267,6 +280,7 @@ BAD_CREATES = [
     (b"{", "body_not_json"),
     (b"prompt=a", "body_not_json"),
     (b"\xff\xfe{}", "body_not_json"),
+    ('{"prompt": "a"}'.encode("utf-16"), "body_not_json"),
     (b'{"prompt": NaN}', "body_not_json"),
     (b'{"prompt": "a", "input": {"x": Infinity}}', "body_not_json"),
     (b'{"prompt": "a", "input": {"x": 1e999}}', "body_not_json"),
@@ -281,13 +295,13 @@ BAD_CREATES = [
     ({"prompt": ""}, "prompt_required"),
     ({"prompt": " \n\t "}, "prompt_required"),
     ({"prompt": None}, "prompt_required"),
-    ({"prompt": 7}, "prompt_required"),
-    ({"prompt": ["a"]}, "prompt_required"),
-    ({"prompt": {"a": 1}}, "prompt_required"),
-    ({"prompt": True}, "prompt_required"),
+    ({"prompt": 7}, "prompt_invalid"),
+    ({"prompt": ["a"]}, "prompt_invalid"),
+    ({"prompt": {"a": 1}}, "prompt_invalid"),
+    ({"prompt": True}, "prompt_invalid"),
     ({"prompt": "", "input": {"a": 1}}, "prompt_required"),
-    ({"prompt": 7, "input": {"a": 1}}, "prompt_required"),
-    ({"prompt": "nul\0"}, "prompt_required"),
+    ({"prompt": 7, "input": {"a": 1}}, "prompt_invalid"),
+    ({"prompt": "nul\0"}, "prompt_invalid"),
     ({"prompt": "ก" * 10_001}, "prompt_too_long"),
     ({"prompt": "a", "input": []}, "input_invalid"),
     ({"prompt": "a", "input": "x"}, "input_invalid"),
@@ -334,6 +348,7 @@ def test_an_input_that_grows_over_d1s_limit_is_refused_as_too_large(client, clou
 def test_a_bad_create_to_the_other_writing_route(client):
     for body, code in [
         ({"jobId": 7}, "job_id_invalid"), ({"jobId": ""}, "job_id_invalid"), ({"jobId": []}, "job_id_invalid"),
+        ({"jobid": "x"}, "job_id_invalid"), ({"jobId": None}, "job_id_invalid"),
         (b"{", "body_not_json"), (b"[]", "body_not_object"), ({"jobId": "x" * 300}, "job_not_found"),
     ]:  # fmt: skip
         status, answer, _ = call(client, "POST", "/dev/runpod", body)
@@ -446,6 +461,13 @@ def test_several_keys_are_accepted_and_the_scheme_is_case_insensitive(client, mo
     bootstrap.service.cache_clear()
 
     assert call(client, "GET", "/api/jobs", auth={"authorization": f"bearer {KEY}"})[0] == 200
+
+
+def test_the_hash_of_nothing_lets_nobody_in(client, monkeypatch):
+    monkeypatch.setenv("API_KEY_HASHES", hashlib.sha256(b"").hexdigest())
+    bootstrap.service.cache_clear()
+
+    assert call(client, "GET", "/api/jobs", auth={"Authorization": "Bearer "})[0] == 401
 
 
 def test_anonymous_callers_may_create_and_ask_only_while_it_is_allowed(client, monkeypatch):

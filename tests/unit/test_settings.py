@@ -20,7 +20,7 @@ def test_a_missing_setting_is_named(environment, name, value):
     if value is not None:
         environment[name] = value
 
-    with pytest.raises(SettingError, match=f"Setting {name} is missing") as caught:
+    with pytest.raises(SettingError, match=rf"Setting {name} \(.+\) is missing") as caught:
         settings.load(environment)
 
     assert caught.value.code == "setting_missing"
@@ -68,6 +68,13 @@ def test_the_environment_wins_over_the_file(environment, tmp_path):
     loaded = settings.load(environment, env_file=file)
 
     assert (loaded.runpod_api_key, loaded.max_attempts, loaded.r2_bucket) == ("local-runpod-key", 5, "from-file")
+
+
+def test_all_that_is_missing_is_named_at_once(environment):
+    del environment["RUNPOD_API_KEY"], environment["R2_ACCESS_KEY_ID"]
+
+    with pytest.raises(SettingError, match=r"Settings RUNPOD_API_KEY .* and R2_ACCESS_KEY_ID .* are missing"):
+        settings.load(environment)
 
 
 def test_lambda_does_not_read_the_file(environment, tmp_path):

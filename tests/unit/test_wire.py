@@ -142,7 +142,7 @@ def test_connections_that_idled_are_not_used_again(cloud_server, clock, monkeypa
     wire = Wire(clock)
 
     def get():
-        wire.exchange("cdn", "GET", f"{cloud_server.base_url}/cdn/x", headers={}, timeout=5.0, max_bytes=1000)
+        wire.exchange("result", "GET", f"{cloud_server.base_url}/cdn/x", headers={}, timeout=5.0, max_bytes=1000)
 
     get()
     get()

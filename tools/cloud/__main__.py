@@ -1,5 +1,6 @@
 """The local cloud as a process: `python -m tools.cloud PORT FOLDER`; it ends when its standard input does."""
 
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from tools.processes import end_with_parent
 
 if __name__ == "__main__":
     end_with_parent()
-    server = CloudServer(int(sys.argv[1]))
-    server.cloud = LocalCloud(Path(sys.argv[2]), base_url=server.base_url)
+    try:
+        server = CloudServer(int(sys.argv[1]))
+        server.cloud = LocalCloud(Path(sys.argv[2]), base_url=server.base_url)
+    except (OSError, sqlite3.Error) as error:
+        sys.exit(f"The local cloud cannot use {sys.argv[2]}: {error}")
     server.serve_forever()

@@ -120,7 +120,8 @@ class PublicBucket:
 
     def handle(self, request: Request) -> Answer:
         """Answer one request of a browser."""
-        found = self._r2.read(unquote(request.path.removeprefix("/cdn/"))) if request.method == "GET" else None
+        key, head = unquote(request.path.removeprefix("/cdn/")), request.method == "HEAD"
+        found = self._r2.read(key, head=head) if head or request.method == "GET" else None
         return found or Answer(
             404, b"<!DOCTYPE html><title>Not Found</title><h1>Object not found</h1>", {"Content-Type": "text/html"}
         )
