@@ -22,9 +22,11 @@ MAX_ANSWER_BYTES = 32_000_000
 # https://developers.cloudflare.com/d1/observability/debug-d1/
 NOT_OUR_SQL = re.compile(
     r"internal error|network connection lost|storage caused object to be reset|reset because its code was updated"
-    r"|cannot resolve d1 db|client disconnected|exceeded timeout|exceeded its cpu",
+    r"|cannot resolve d1 db|client disconnected|exceeded timeout|exceeded its (cpu|memory)|memory limit|was reset",
     re.IGNORECASE,
 )
+# What it says when a value of one row is at fault, so that a batch without that row would be taken.
+FAULT_OF_A_ROW = re.compile(r"SQLITE_CONSTRAINT|SQLITE_TOOBIG|string or blob too big|malformed JSON", re.IGNORECASE)
 QUOTA = re.compile(r"exceeded D1's (free|daily)|daily row (read|write) limit", re.IGNORECASE)
 # A 429 of D1's own that was refused before it ran; other texts of it speak of a reset in the middle.
 NEVER_RAN = re.compile(r"queued for too long|overloaded|too many requests queued", re.IGNORECASE)
@@ -75,7 +77,7 @@ class D1:
         doubt = False
         for failures in range(1, retry.CALL_ATTEMPTS + 1):
             try:
-                return self._query_once(body, deadline)
+                return self._query_once(body, len(statements), deadline)
             except ServiceError as error:
                 doubt = doubt or isinstance(error, IndeterminateError)
                 wait = retry.seconds_to_wait(retry.CALL, failures, rng=self._rng, retry_after=error.retry_after)
@@ -85,7 +87,7 @@ class D1:
                 self._clock.sleep(wait)
         raise AssertionError("the last try returns or raises")
 
-    def _query_once(self, body: bytes, deadline: Deadline) -> list[list[Row]]:
+    def _query_once(self, body: bytes, count: int, deadline: Deadline) -> list[list[Row]]:
         locked_for = self._locked_until - self._clock.monotonic()
         if locked_for > 0:  # a call now would be refused, and might prolong it
             raise _rate_limited(locked_for)
@@ -99,7 +101,7 @@ class D1:
             max_bytes=MAX_ANSWER_BYTES,
         )
         self._watch_rate(reply)
-        return _rows(reply)
+        return _rows(reply, count)
 
     def _watch_rate(self, reply: Reply) -> None:
         # ratelimit: "default";r=1199;t=1 - calls left, and seconds until the window is over
@@ -110,8 +112,8 @@ class D1:
 
 
 def _after(error: ServiceError, *, doubt: bool) -> ServiceError:
-    """The error of the last try, where an earlier one may have taken effect; refused SQL was refused by all."""
-    if not doubt or error.code == "d1_sql":
+    """The error of the last try, where an earlier one may have taken effect; a faulty row was refused by all."""
+    if not doubt or error.code == "d1_row":
         return error
     return IndeterminateError(error.code, error.sentence, service=error.service, retry_after=error.retry_after)
 
@@ -137,7 +139,7 @@ def _encode(statements: list[Statement]) -> bytes:
     return body
 
 
-def _rows(reply: Reply) -> list[list[Row]]:
+def _rows(reply: Reply, count: int) -> list[list[Row]]:
     try:
         envelope = json.loads(reply.body)
     except ValueError:
@@ -145,11 +147,10 @@ def _rows(reply: Reply) -> list[list[Row]]:
     if not isinstance(envelope, dict):
         envelope = {}
     result = envelope.get("result")
-    if reply.status == 200 and envelope.get("success") is True and isinstance(result, list):
-        try:
-            return [part["results"] for part in result]
-        except (KeyError, TypeError):
-            pass
+    if reply.status == 200 and envelope.get("success") is True and isinstance(result, list) and len(result) == count:
+        rows = [part["results"] for part in result if isinstance(part, dict) and isinstance(part.get("results"), list)]
+        if len(rows) == count:
+            return rows
     raise _failure(reply, envelope)
 
 
@@ -166,7 +167,7 @@ def _failure(reply: Reply, envelope: dict[str, Any]) -> ServiceError:
         )
     if reply.status == 404:
         return PermanentError("d1_not_found", f"D1 does not know the database (HTTP 404{said}).", service="d1")
-    if 400 <= reply.status < 500:
+    if 400 <= reply.status < 500 and message:
         return _refused(message)
     return IndeterminateError(
         "d1_bad_answer", f"D1 gave no usable answer (HTTP {reply.status}).", service="d1", retry_after=reply.retry_after
@@ -190,6 +191,9 @@ def _rate_limited(retry_after: float | None) -> TransientError:
 def _refused(message: str) -> ServiceError:
     if QUOTA.search(message):
         return TransientError("d1_quota", f"D1's daily quota is used up: {message}", service="d1", retry_after=900)
+    if NEVER_RAN.search(message):
+        return TransientError("d1_overloaded", f"D1 is overloaded: {message}", service="d1")
     if NOT_OUR_SQL.search(message):
         return IndeterminateError("d1_internal", f"D1 failed inside: {message}", service="d1")
-    return PermanentError("d1_sql", f"D1 refused the statement: {message}", service="d1")
+    code = "d1_row" if FAULT_OF_A_ROW.search(message) else "d1_sql"
+    return PermanentError(code, f"D1 refused the statement: {message}", service="d1")

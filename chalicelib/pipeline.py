@@ -12,7 +12,7 @@ from uuid import UUID
 from chalicelib import jobs, log
 from chalicelib.errors import IndeterminateError, PermanentError, RequestError, ServiceError
 from chalicelib.jobs import Change, Job
-from chalicelib.rounds import Report, Round
+from chalicelib.rounds import DoubtfulClaim, Report, Round
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saver
 from chalicelib.steps import Steps
@@ -46,6 +46,7 @@ class Pipeline:
         self.clock = clock
         self.rng = rng
         self.new_crew = new_crew
+        self._doubtful = DoubtfulClaim()
 
     def new_job(self, *, prompt: str, model: str, payload: dict[str, object] | None) -> Job:
         """A job with an id of its own, not yet in the table."""
@@ -90,21 +91,17 @@ class Pipeline:
 
     def _send(self, job: Job, deadline: Deadline) -> Change:
         change = self.steps.submit(job, deadline)
-        try:
-            self.saver.save([change], deadline)
-        except ServiceError as error:  # kept for the next time; RunPod's answer is what the caller asked for
-            log.failed("save_refused", error, job_id=job.id)
+        saved = self.saver.save([change], deadline)
+        if saved.error:  # kept for the next time; RunPod's answer is what the caller asked for
+            log.failed("save_refused", saved.error, job_id=job.id)
         return change
 
     def _may_send(self, deadline: Deadline) -> bool:
         calls_left = self.store.calls_left()
         if calls_left is not None and calls_left < CALLS_KEPT_FOR_ROUNDS:
             return False
-        try:
-            self.saver.flush(deadline)
-        except ServiceError:
-            return False  # D1 does not take outcomes; it must not be owed another one for a paid run
-        return True
+        # While D1 does not take outcomes it must not be owed another one, for a paid run.
+        return self.saver.flush(deadline).error is None
 
     def run_minute(self, deadline: Deadline) -> list[Report]:
         """
@@ -146,6 +143,7 @@ class Pipeline:
                 rng=self.rng,
                 crew=crew,
                 deadline=deadline,
+                doubtful=self._doubtful,
             ).run(ignore_due=ignore_due)
         seconds = self.clock.monotonic() - start
         log.round_over(checked=report.checked, submitted=report.submitted, updated=len(report.updated), seconds=seconds)

@@ -29,15 +29,16 @@ ON CONFLICT DO NOTHING
 -- name: adopt_old_rows_event
 -- The timeline of live rows of the earlier version begins where we find them.
 INSERT INTO job_events (job_id, version, n, at, event, detail)
-SELECT id, version + 1, 0, :now, 'adopted', json_object('status', status, 'runpod_job_id', runpod_job_id)
+SELECT id, version + 1, 0, :now, 'adopted', json_object('status', status, 'runpod_job_id', CAST(runpod_job_id AS TEXT))
 FROM jobs
-WHERE step IS NULL AND status IN ('queued', 'running')
+WHERE step IS NULL AND status IN ('queued', 'running') AND typeof(id) = 'text'
 ON CONFLICT DO NOTHING
 
 
 -- name: adopt_old_rows
 -- Give live rows of the earlier version the step they stand at: sent ones are polled, unsent ones submitted, and a
--- running one without an id is a submit whose answer was lost.
+-- running one without an id is a submit whose answer was lost. What was sent counts as the first attempt, on the endpoint
+-- of then. (SQLite lets a TEXT PRIMARY KEY be NULL; such a row is nobody's.)
 UPDATE jobs
 SET
   step = CASE
@@ -46,8 +47,10 @@ SET
     ELSE 'submitting'
   END,
   status = CASE WHEN coalesce(runpod_job_id, '') <> '' THEN 'running' ELSE 'queued' END,
+  attempt = CASE WHEN status = 'running' OR coalesce(runpod_job_id, '') <> '' THEN max(attempt, 1) ELSE attempt END,
+  endpoint_id = coalesce(endpoint_id, :endpoint_id),
   version = version + 1
-WHERE step IS NULL AND status IN ('queued', 'running')
+WHERE step IS NULL AND status IN ('queued', 'running') AND typeof(id) = 'text'
 
 
 -- name: expire_submits_event
@@ -201,21 +204,22 @@ WHERE jobs.id = json_extract(row.value, '$.id')
 
 
 -- name: log_saved
--- The timeline of the rows that this batch has won, and of no other.
+-- The timeline of the rows that this batch has won, and of no other. A claim since then bumps the version and leaves the
+-- writer; a batch that is repeated after it must not look like the claim's holder, so a line names the version it won.
 INSERT INTO job_events (job_id, version, n, at, event, detail)
 SELECT jobs.id, jobs.version, json_extract(line.value, '$.n'), :now, json_extract(line.value, '$.event'), json_extract(line.value, '$.detail')
 FROM json_each(:lines) AS line
 JOIN jobs ON jobs.id = json_extract(line.value, '$.id')
-WHERE jobs.writer = :nonce
+WHERE jobs.writer = :nonce AND jobs.version = coalesce(json_extract(line.value, '$.version'), jobs.version)
 ON CONFLICT DO NOTHING
 
 
 -- name: select_winners
--- The rows whose last save was this batch.
+-- The rows whose last write was this batch.
 SELECT jobs.id, jobs.version
 FROM json_each(:lines) AS line
 JOIN jobs ON jobs.id = json_extract(line.value, '$.id')
-WHERE jobs.writer = :nonce
+WHERE jobs.writer = :nonce AND jobs.version = coalesce(json_extract(line.value, '$.version'), jobs.version)
 
 
 -- name: select_job

@@ -5,15 +5,17 @@ Claim → work → save: one D1 call takes what is due, threads ask RunPod and R
 in groups. So the number of D1 calls does not grow with the number of jobs.
 """
 
+import threading
 from dataclasses import dataclass, field
+from datetime import timedelta
 from random import Random
 
 from chalicelib import jobs, log
-from chalicelib.errors import ServiceError, TransientError
-from chalicelib.jobs import FINAL, Change, Job, State
+from chalicelib.errors import IndeterminateError, ServiceError, TransientError
+from chalicelib.jobs import FINAL, Change, Job, State, to_text
 from chalicelib.runpod import Answer
 from chalicelib.runtime import Clock, Crew, Deadline
-from chalicelib.saver import Saver
+from chalicelib.saver import Saved, Saver
 from chalicelib.steps import PUT_RESERVE, Steps
 from chalicelib.store import Limits, Store, new_nonce
 
@@ -50,11 +52,39 @@ class Outcome:
     answer: Answer | None = None
 
 
+class DoubtfulClaim:
+    """The nonce of a claim whose answer never came; one for each process, so that the next round can ask again."""
+
+    def __init__(self) -> None:
+        self._nonce: str | None = None
+        self._lock = threading.Lock()
+
+    def put(self, nonce: str) -> None:
+        """Remember it."""
+        with self._lock:
+            self._nonce = nonce
+
+    def take(self) -> str | None:
+        """The nonce, for one round alone."""
+        with self._lock:
+            nonce, self._nonce = self._nonce, None
+        return nonce
+
+
 class Round:
     """One pass: claims, starts a step for each job, saves outcomes, and stores what it has won."""
 
     def __init__(
-        self, *, store: Store, steps: Steps, saver: Saver, clock: Clock, rng: Random, crew: Crew, deadline: Deadline
+        self,
+        *,
+        store: Store,
+        steps: Steps,
+        saver: Saver,
+        clock: Clock,
+        rng: Random,
+        crew: Crew,
+        deadline: Deadline,
+        doubtful: "DoubtfulClaim",
     ) -> None:
         self._store = store
         self._steps = steps
@@ -63,30 +93,39 @@ class Round:
         self._rng = rng
         self._crew = crew
         self._deadline = deadline
+        self._doubtful = doubtful
         self._report = Report()
         self._answers: dict[str, Answer] = {}
         self._saves_refused = False
         self._saved_at = clock.monotonic()
 
     def run(self, *, ignore_due: bool) -> Report:
-        """Run to the end: no thread is left at work when this returns."""
+        """Run to the end: no thread is left at work when this returns. Raises ServiceError where D1 fails it."""
         self._go_on(self._saver.flush(self._deadline))
-        for job in self._claim(ignore_due):
-            self._start(job)
-        self._collect()
+        try:
+            for job in self._claim(ignore_due):
+                self._start(job)
+        finally:
+            self._collect()
         return self._report
 
     def _claim(self, ignore_due: bool) -> list[Job]:
         """What is due: results first, which RunPod forgets, then runs to send, which need time, then polls."""
-        submits = SUBMITS_PER_ROUND if self._deadline.left() > SUBMIT_BUDGET else 0
-        claimed = self._store.claim(
-            nonce=new_nonce(self._rng),
-            now=self._clock.now(),
-            limits=Limits(submits=submits),
-            lease=self._lease(),
-            ignore_due=ignore_due,
-            timeout=self._deadline.cap(CLAIM_TIMEOUT),
-        )
+        submits = SUBMITS_PER_ROUND if self._deadline.left() > SUBMIT_BUDGET and not self._saves_refused else 0
+        nonce = self._doubtful.take() or new_nonce(self._rng)
+        try:
+            claimed = self._store.claim(
+                nonce=nonce,
+                now=self._clock.now(),
+                limits=Limits(submits=submits),
+                lease=self._lease(),
+                ignore_due=ignore_due,
+                timeout=self._deadline.cap(CLAIM_TIMEOUT),
+            )
+        except IndeterminateError:
+            # What it may have claimed nobody else will send for ten minutes; the next round asks for it by this name.
+            self._doubtful.put(nonce)
+            raise
         order = [State.STORE, State.SUBMITTING, State.POLL]
         return sorted(claimed, key=lambda job: order.index(job.state))
 
@@ -95,7 +134,8 @@ class Round:
         return max(0.0, self._deadline.left()) + LEASE_MARGIN
 
     def _start(self, job: Job, answer: Answer | None = None) -> None:
-        self._crew.start(lambda: self._work(job, answer))
+        if job.state is not State.STORE or self._leased(job):
+            self._crew.start(lambda: self._work(job, answer))
 
     def _work(self, job: Job, answer: Answer | None) -> Outcome:
         """One step in a thread of the crew; whatever goes wrong concerns this job alone."""
@@ -165,15 +205,14 @@ class Round:
 
     def _save(self, changes: list[Change]) -> None:
         self._saved_at = self._clock.monotonic()
-        try:
-            self._go_on(self._saver.save(changes, self._deadline))
-        except ServiceError as error:
-            self._saves_refused = True  # no new paid run while its outcome could not be written down
-            log.failed("save_refused", error)
+        self._go_on(self._saver.save(changes, self._deadline))
 
-    def _go_on(self, won: list[Change]) -> None:
+    def _go_on(self, saved: Saved) -> None:
         """Take the next step of what was won: whoever saved `completed` holds the lease and stores."""
-        for change in won:
+        if saved.error:
+            self._saves_refused = True  # no new paid run while its outcome could not be written down
+            log.failed("save_refused", saved.error)
+        for change in saved.won:
             job = change.job
             if change.accepted:
                 self._report.submitted += 1
@@ -181,3 +220,7 @@ class Round:
                 self._report.updated.append(job)
             elif change.event == "completed":
                 self._start(job, self._answers.pop(job.id, None))
+
+    def _leased(self, job: Job) -> bool:
+        """Whether the lease lasts for as long as we do; that of a save kept from an earlier invocation does not."""
+        return job.due_at >= to_text(self._clock.now() + timedelta(seconds=self._deadline.left()))

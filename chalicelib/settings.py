@@ -40,6 +40,12 @@ def _count(value: str) -> int:
     return int(value)
 
 
+def _wait(value: str) -> int:
+    if _count(value) < 60:
+        raise ValueError("60 or more: a call may still be under way for that long")
+    return int(value)
+
+
 def _parts(value: str) -> frozenset[str]:
     return frozenset(part.strip() for part in value.split(",") if part.strip())
 
@@ -93,7 +99,7 @@ class Settings:
         default="",
     )
     submit_unknown_wait: int = _setting(
-        "Seconds to wait after a lost answer to a paid /run before it is sent again", _count, default="600"
+        "Seconds to wait after a lost answer to a paid /run before it is sent again", _wait, default="600"
     )
     max_attempts: int = _setting("Attempts of a job whose run RunPod itself lost or timed out", _count, default="2")
 

@@ -1,7 +1,7 @@
 """One job's next step: ask a cloud, return the change to save, or None where there is nothing new. Steps never save."""
 
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
@@ -68,11 +68,9 @@ class Steps:
     def not_stored(self, job: Job, error: ServiceError) -> Change:
         """The change for a result that could not be stored: later again, given up, or nothing to store at all."""
         now = self.clock.now()
-        if error.code == "result_lost":
-            return jobs.bury(job, error, now=now)
         if isinstance(error, PermanentError) and error.service != "r2":
             return jobs.fail(job, error, now=now)
-        if now - jobs.from_text(job.completed_at or job.updated_at) > LAST_TRY:
+        if _age(job.completed_at or job.updated_at, now) > LAST_TRY:
             return jobs.bury(job, error, now=now)
         return jobs.hold(job, error, now=now, rng=self.rng)
 
@@ -112,7 +110,7 @@ class Steps:
                 return self._missing(job)
 
     def _missing(self, job: Job) -> Change | None:
-        if self.clock.now() - jobs.from_text(job.submitted_at or job.updated_at) < NOT_INDEXED_YET:
+        if _age(job.submitted_at or job.updated_at, self.clock.now()) < NOT_INDEXED_YET:
             return None
         return self._lost(job, _said("runpod_lost", "RunPod no longer knows the run, and its result is lost", ""), {})
 
@@ -125,9 +123,8 @@ class Steps:
     def _ask_for_result(self, job: Job, deadline: Deadline) -> Answer:
         answer = self._ask(job, deadline, reserve=PUT_RESERVE)
         if answer.verdict is Verdict.NOT_FOUND:
-            raise PermanentError(
-                "result_lost", "RunPod has forgotten the result before it could be stored.", service="runpod"
-            )
+            # It was there; a single 404 is no proof that it is gone, and trying again costs nothing.
+            raise TransientError("result_lost", "RunPod no longer finds the result, which is not yet stored.")
         if answer.verdict is not Verdict.COMPLETED:
             raise TransientError(
                 "runpod_bad_answer", f"RunPod says {answer.status} of a run that it had completed.", service="runpod"
@@ -151,6 +148,14 @@ class Steps:
             "sha256": stored.sha256,
         }
         return jobs.finish(job, [output], now=self.clock.now())
+
+
+def _age(text: str, now: datetime) -> timedelta:
+    """How long ago that was; a time of the earlier version that cannot be read is long ago."""
+    try:
+        return now - jobs.from_text(text)
+    except ValueError:
+        return timedelta.max
 
 
 def _said(code: str, sentence: str, reason: str) -> PermanentError:

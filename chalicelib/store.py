@@ -144,6 +144,7 @@ class Store:
         lines = [
             {
                 "id": change.job.id,
+                "version": None if change.accepted else change.job.version + 1,
                 "n": 0,
                 "event": change.event,
                 "detail": json.dumps(change.detail, ensure_ascii=False),

@@ -1,11 +1,17 @@
 """One HTTP exchange, bounded in time and bytes, over a pooled session; errors say if it can have had effect."""
 
+import contextlib
+import socket
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ClosedPoolError, ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError
 
 from chalicelib.errors import IndeterminateError, TransientError
@@ -15,6 +21,7 @@ CONNECT_TIMEOUT = 3.05  # seconds; just over TCP's first retransmission
 POOL_SIZE = 32  # connections kept to one host; at least the number of threads that share the session
 IDLE_LIMIT = 30  # seconds a kept connection is trusted for
 CHUNK_BYTES = 65_536
+MAX_RETRY_AFTER = 900.0  # seconds; Cloudflare's lock-out is 300, and a nonsensical value must not stop a job for years
 NAMES = {"d1": "D1", "runpod": "RunPod", "result": "The host of the worker's link"}  # in sentences
 
 
@@ -30,7 +37,72 @@ class Reply:
     def retry_after(self) -> float | None:
         """Seconds from Retry-After; its other form, a date, is not used by the services we talk to."""
         value = self.headers.get("Retry-After", "").strip()
-        return float(value) if value.isdigit() else None
+        return min(float(value), MAX_RETRY_AFTER) if value.isascii() and value.isdigit() else None
+
+
+class _Watch:
+    """Cuts a connection when its exchange has lasted too long; a socket's own timeout is for each wait anew."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds  # of the machine: it is the machine's sockets that hang
+        self._timer: threading.Timer | None = None
+        self.cut = False
+
+    def over(self, sock: socket.socket) -> None:
+        """From now on watch this socket."""
+        self.stop()
+        self._timer = threading.Timer(max(0.0, self._end - time.monotonic()), self._shut, (sock,))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _shut(self, sock: socket.socket) -> None:
+        self.cut = True
+        with contextlib.suppress(OSError):
+            # Not SSLSocket's own shutdown, which takes the TLS state from under the thread that reads.
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def stop(self) -> None:
+        """The exchange is over."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class _Current(threading.local):
+    watch: _Watch | None = None
+
+
+_current = _Current()
+
+
+class _WatchedHTTP(HTTPConnection):
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        super().request(*args, **kwargs)
+        _watch(self)
+
+
+class _WatchedHTTPS(HTTPSConnection):
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        super().request(*args, **kwargs)
+        _watch(self)
+
+
+def _watch(connection: HTTPConnection) -> None:
+    if _current.watch is not None and connection.sock is not None:
+        _current.watch.over(connection.sock)
+
+
+class _HTTPPool(HTTPConnectionPool):
+    ConnectionCls = _WatchedHTTP
+
+
+class _HTTPSPool(HTTPSConnectionPool):
+    ConnectionCls = _WatchedHTTPS
+
+
+class _Adapter(HTTPAdapter):
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
 
 
 class Wire:
@@ -44,7 +116,7 @@ class Wire:
         # Neither ~/.netrc, which would replace our Authorization header, nor proxies from the environment.
         self._session.trust_env = False
         for scheme in ("https://", "http://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=POOL_SIZE, max_retries=0))
+            self._session.mount(scheme, _Adapter(pool_maxsize=POOL_SIZE, max_retries=0))
 
     def exchange(
         self,
@@ -64,8 +136,7 @@ class Wire:
         for all else: over `timeout` seconds in all, cut off, or an answer over `max_bytes`.
         """
         self._drop_idle_connections()
-        end = self._clock.monotonic() + timeout
-        connect = min(CONNECT_TIMEOUT, timeout / 2)
+        watch = _current.watch = _Watch(timeout)
         try:
             with self._session.request(
                 method,
@@ -74,16 +145,21 @@ class Wire:
                 data=body,
                 allow_redirects=False,
                 stream=True,
-                timeout=(connect, timeout - connect),
+                timeout=(min(CONNECT_TIMEOUT, timeout), timeout),
             ) as response:
-                content = self._read(service, response, end, max_bytes)
+                content = self._read(service, response, max_bytes)
+                if watch.cut or not _has_an_end(response):
+                    raise _too_slow(service) if watch.cut else _cut_off(service)
                 return Reply(response.status_code, response.headers, content)
         except requests.exceptions.InvalidURL as error:
             raise TransientError(
                 f"{service}_unreachable", f"{NAMES[service]} has no valid address; check its base URL.", service=service
             ) from error
-        except (requests.exceptions.RequestException, HTTPError) as error:
-            raise _failure(service, error) from error
+        except (requests.exceptions.RequestException, HTTPError, OSError) as error:
+            raise (_too_slow(service) if watch.cut else _failure(service, error)) from error
+        finally:
+            watch.stop()
+            _current.watch = None
 
     def _drop_idle_connections(self) -> None:
         # A frozen Lambda wakes with connections whose far end is long gone; the first POST on one of them would fail in
@@ -95,11 +171,9 @@ class Wire:
                 self._session.close()
             self._used_at = now
 
-    def _read(self, service: str, response: requests.Response, end: float, max_bytes: int) -> bytes:
-        # read1 returns what has arrived; read would wait for a full chunk, for as long as a slow server likes.
+    def _read(self, service: str, response: requests.Response, max_bytes: int) -> bytes:
         content = bytearray()
-        _limit_waiting(response, end - self._clock.monotonic())
-        while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):
+        for chunk in response.raw.stream(CHUNK_BYTES, decode_content=True):
             content += chunk
             if len(content) > max_bytes:
                 raise IndeterminateError(
@@ -107,19 +181,28 @@ class Wire:
                     f"{NAMES[service]} answered with more than {max_bytes} bytes.",
                     service=service,
                 )
-            if self._clock.monotonic() > end:
-                raise IndeterminateError(
-                    f"{service}_timeout", f"{NAMES[service]} did not finish its answer in time.", service=service
-                )
-            _limit_waiting(response, end - self._clock.monotonic())
         return bytes(content)
 
 
-def _limit_waiting(response: requests.Response, seconds: float) -> None:
-    # requests' timeout is for each wait on the socket, not for all of them together.
-    connection = getattr(response.raw, "connection", None)
-    if connection is not None and connection.sock is not None:
-        connection.sock.settimeout(max(0.1, seconds))
+def _too_slow(service: str) -> IndeterminateError:
+    return IndeterminateError(f"{service}_timeout", f"{NAMES[service]} did not answer in time.", service=service)
+
+
+def _has_an_end(response: requests.Response) -> bool:
+    """Whether the head says where the body ends; http.client takes a head that was cut off for a whole one."""
+    if getattr(getattr(response.raw, "_original_response", None), "version", None) != 11:
+        return True
+    headers = response.headers
+    closes = headers.get("Connection", "").lower() == "close"
+    return response.status_code == 204 or closes or "Content-Length" in headers or "Transfer-Encoding" in headers
+
+
+def _cut_off(service: str) -> IndeterminateError:
+    return IndeterminateError(
+        f"{service}_cut_off",
+        f"{NAMES[service]} broke the connection off before its answer was complete.",
+        service=service,
+    )
 
 
 def _failure(service: str, error: Exception) -> TransientError | IndeterminateError:
@@ -131,9 +214,5 @@ def _failure(service: str, error: Exception) -> TransientError | IndeterminateEr
             f"{service}_unreachable", f"{NAMES[service]} could not be reached; nothing was sent.", service=service
         )
     if isinstance(error, (requests.exceptions.Timeout, ReadTimeoutError)):
-        return IndeterminateError(f"{service}_timeout", f"{NAMES[service]} did not answer in time.", service=service)
-    return IndeterminateError(
-        f"{service}_cut_off",
-        f"{NAMES[service]} broke the connection off before its answer was complete.",
-        service=service,
-    )
+        return _too_slow(service)
+    return _cut_off(service)

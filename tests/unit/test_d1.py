@@ -59,7 +59,7 @@ def test_a_batch_carries_each_statement_with_its_own_params(answers, database):
 TABLE = [
     # HTTP, body, class, code
     (400, failed(7500, 'near "SELEC": syntax error at offset 0: SQLITE_ERROR'), PermanentError, "d1_sql"),
-    (400, failed(7500, "UNIQUE constraint failed: jobs.id: SQLITE_CONSTRAINT"), PermanentError, "d1_sql"),
+    (400, failed(7500, "UNIQUE constraint failed: jobs.id: SQLITE_CONSTRAINT"), PermanentError, "d1_row"),
     (400, failed(7400, "The request is malformed"), PermanentError, "d1_sql"),
     (400, failed(7500, "internal error; reference = abc"), IndeterminateError, "d1_internal"),
     (400, failed(7500, "Network connection lost."), IndeterminateError, "d1_internal"),
@@ -80,7 +80,18 @@ TABLE = [
     (200, {"success": True, "result": None}, IndeterminateError, "d1_bad_answer"),
     (200, {"success": False, "result": [], "errors": []}, IndeterminateError, "d1_bad_answer"),
     (200, {"success": True, "result": [{"meta": {}}]}, IndeterminateError, "d1_bad_answer"),
-    (400, {"success": False, "errors": "none"}, PermanentError, "d1_sql"),
+    (400, {"success": False, "errors": "none"}, IndeterminateError, "d1_bad_answer"),
+    (400, "<html>bad request</html>", IndeterminateError, "d1_bad_answer"),
+    (400, failed(7500, "string or blob too big: SQLITE_TOOBIG"), PermanentError, "d1_row"),
+    (400, failed(7500, "malformed JSON: SQLITE_ERROR"), PermanentError, "d1_row"),
+    (400, failed(7500, "not authorized: SQLITE_AUTH"), PermanentError, "d1_sql"),
+    (400, failed(7500, "database or disk is full: SQLITE_FULL"), PermanentError, "d1_sql"),
+    (400, failed(7500, "no such column: step: SQLITE_ERROR"), PermanentError, "d1_sql"),
+    (400, failed(7500, "D1 DB is overloaded. Requests queued for too long."), TransientError, "d1_overloaded"),
+    (400, failed(7500, "isolate exceeded its memory limit and was reset."), IndeterminateError, "d1_internal"),
+    (200, {"success": True, "result": []}, IndeterminateError, "d1_bad_answer"),
+    (200, {"success": True, "result": [{"results": None}]}, IndeterminateError, "d1_bad_answer"),
+    (200, {"success": True, "result": [None]}, IndeterminateError, "d1_bad_answer"),
 ]
 
 

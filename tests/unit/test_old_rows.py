@@ -138,7 +138,7 @@ def test_a_running_row_without_an_id_is_a_lost_submit(old, old_bench):
 
     assert bench.job("a").state is State.POLL
     assert bench.timeline("a") == ["adopted", "possible_duplicate", "submitting", "submitted"]
-    assert bench.job("a").attempt == 1
+    assert bench.job("a").attempt == 2  # the lost one counts
 
 
 def test_a_queued_row_with_an_id_was_sent_and_is_not_sent_again(old, old_bench, cloud):
@@ -160,6 +160,47 @@ def test_a_running_row_without_submitted_at_counts_from_updated_at(old, old_benc
     bench.round(after=15)
 
     assert bench.events("a")[-1]["code"] == "runpod_lost"
+
+
+@pytest.mark.parametrize("updated_at", [None, "", "yesterday", "1735689600000"])
+def test_a_time_that_cannot_be_read_is_long_ago(old, old_bench, updated_at):
+    old("a", status="running", runpod_job_id="gone", updated_at=updated_at)
+    bench = old_bench()
+
+    bench.round(after=0)
+
+    assert bench.events("a")[-1]["code"] == "runpod_lost"
+
+
+def test_a_row_without_an_id_stops_nobody(old, old_bench):
+    old(None)
+    old("good", runpod_job_id=None)
+    bench = old_bench()
+
+    bench.round(after=0)
+
+    assert bench.job("good").state is State.POLL
+
+
+def test_a_lost_old_run_counts_as_the_first_of_two_attempts(old, old_bench, cloud, faults):
+    old("a", status="running", runpod_job_id="gone", updated_at="2026-01-01T00:00:00.000Z")
+    bench = old_bench()
+    faults.add("GET .*/status/", (404, {"status": 404}), times=99)
+
+    for _ in range(30):
+        bench.round()
+
+    assert bench.job("a").error_code == "runpod_lost"
+    assert len(cloud.runpod.inputs()) == 1
+
+
+def test_an_old_run_is_asked_for_where_it_was_sent(old, old_bench):
+    old("a", status="running", runpod_job_id="run-a", updated_at="2026-01-31T23:59:00.000Z")
+    bench = old_bench()
+
+    bench.round(after=0)
+
+    assert bench.job("a").endpoint_id == "local-endpoint"
 
 
 def test_final_rows_stay_as_they_are(old, old_bench, cloud):

@@ -438,8 +438,8 @@ def test_the_loser_of_a_save_neither_stores_nor_writes_a_line(bench):
     one, _ = steps.poll(first, deadline, lease=60.0)
     two, _ = steps.poll(second, deadline, lease=60.0)
 
-    assert len(saver.save([one], deadline)) == 1
-    assert saver.save([two], deadline) == []
+    assert len(saver.save([one], deadline).won) == 1
+    assert saver.save([two], deadline).won == []
     assert bench.timeline(job_id) == ["created", "submitted", "completed"]
 
 
@@ -453,7 +453,7 @@ def test_a_save_whose_answer_was_lost_has_still_won(bench):
     change, _ = bench.service.pipeline.steps.poll(job, deadline, lease=60.0)
     bench.faults.add(D1, LOST, after_effect=True)
 
-    won = bench.service.pipeline.saver.save([change], deadline)
+    won = bench.service.pipeline.saver.save([change], deadline).won
 
     assert [one.job.id for one in won] == [job_id]
     assert bench.timeline(job_id) == ["created", "submitted", "completed"]
@@ -468,11 +468,10 @@ def test_a_save_of_unknown_fate_keeps_its_nonce_and_has_won_when_it_is_known(ben
     change, _ = bench.service.pipeline.steps.poll(job, bench.deadline(), lease=60.0)
     saver = bench.service.pipeline.saver
     bench.faults.add(D1, LOST, times=3, after_effect=True)
-    with pytest.raises(IndeterminateError):
-        saver.save([change], bench.deadline())
+    assert isinstance(saver.save([change], bench.deadline()).error, IndeterminateError)
     assert saver.backlog == 1
 
-    won = saver.flush(bench.deadline())
+    won = saver.flush(bench.deadline()).won
 
     assert [(one.job.id, one.event) for one in won] == [(job_id, "completed")]
     assert saver.backlog == 0
@@ -484,15 +483,209 @@ def test_when_one_batch_is_refused_those_behind_it_are_kept_too(bench, monkeypat
     held = [bench.job(job_id) for job_id in ids]
     changes = [jobs.fail(job, PermanentError("worker_failed", "boom"), now=bench.clock.now()) for job in held]
     bench.faults.add(D1, LOST, times=3)
-    with pytest.raises(IndeterminateError):
-        saver.save([changes[0]], bench.deadline())
+    assert isinstance(saver.save([changes[0]], bench.deadline()).error, IndeterminateError)
     bench.faults.add(D1, LOST, times=3)
-    with pytest.raises(IndeterminateError):
-        saver.save([changes[1]], bench.deadline())
+    assert isinstance(saver.save([changes[1]], bench.deadline()).error, IndeterminateError)
     assert saver.backlog == 2
 
-    assert len(saver.flush(bench.deadline())) == 2
+    assert len(saver.flush(bench.deadline()).won) == 2
     assert [bench.job(job_id).status for job_id in ids] == ["error", "error"]
+
+
+def test_a_save_repeated_after_another_claimed_the_store_has_not_won_it(bench):
+    job_id = bench.create()
+    bench.clock.advance(15)
+    store, saver = bench.service.store, bench.service.pipeline.saver
+    claim = {"limits": Limits(submits=200), "lease": 30.0, "ignore_due": True, "timeout": 5.0}
+    (job,) = store.claim(nonce="a", now=bench.clock.now(), **claim)
+    change, _ = bench.service.pipeline.steps.poll(job, bench.deadline(), lease=30.0)
+    bench.faults.add(D1, LOST, times=3, after_effect=True)
+    saver.save([change], bench.deadline())
+    bench.clock.advance(31)
+    assert len(store.claim(nonce="b", now=bench.clock.now(), **claim)) == 1
+
+    assert saver.flush(bench.deadline()).won == []
+    assert bench.timeline(job_id) == ["created", "submitted", "completed"]
+
+
+def test_two_changes_of_one_job_are_not_saved_as_one(bench):
+    bench.faults.add(RUN, LOST, after_effect=True)
+    late = bench.job(bench.create())
+    orphan = bench.cloud.runpod._execute("SELECT id FROM runs")[0][0]
+    saver, now = bench.service.pipeline.saver, bench.clock.now()
+    accepted = jobs.accept(late, runpod_job_id=orphan, runpod_status="IN_QUEUE", now=now)
+    refused = jobs.return_unsent(late, now=now)
+
+    won = saver.save([accepted, refused], bench.deadline()).won
+
+    assert [change.event for change in won] == ["submitted"]
+    assert bench.job(late.id).runpod_job_id == orphan
+    assert bench.timeline(late.id)[-1] == "submitted"
+
+
+@pytest.mark.parametrize("code", ["d1_unauthorized", "d1_sql"])
+def test_a_save_that_d1_refuses_for_other_reasons_than_a_row_is_kept_whole(bench, code):
+    save, calls = bench.service.store.save, []
+
+    def refuse(changes, **_):
+        calls.append(len(changes))
+        raise PermanentError(code, "no such column: step")
+
+    bench.service.store.save = refuse
+    job_id = bench.create()
+    assert calls == [1]
+    assert bench.service.pipeline.saver.backlog == 1
+    bench.service.store.save = save
+
+    bench.round(after=0)
+
+    assert bench.job(job_id).state is State.POLL
+    assert len(bench.cloud.runpod.inputs()) == 1
+
+
+def test_a_paid_run_whose_acceptance_cannot_be_written_is_cancelled(bench):
+    save = bench.service.store.save
+
+    def refuse(changes, **options):
+        if changes[0].accepted:
+            raise PermanentError("d1_row", "string or blob too big")
+        return save(changes, **options)
+
+    bench.service.store.save = refuse
+    job_id = bench.create()
+
+    assert bench.job(job_id).error_code == "unsavable"
+    (run,) = bench.cloud.runpod._execute("SELECT cancelled_at FROM runs")
+    assert run[0] is not None
+
+
+@pytest.mark.parametrize("result", [[], [{"results": None}] * 4, [None] * 4])
+def test_a_senseless_answer_to_a_save_loses_no_run(bench, result):
+    job = bench.service.pipeline.new_job(prompt="a cat", model="m", payload=None)
+    create = bench.service.store.create
+
+    def then_senseless(*args, **options):
+        create(*args, **options)
+        bench.faults.add(D1, (200, {"success": True, "result": result}), times=3)
+
+    bench.service.store.create = then_senseless
+    bench.service.pipeline.create(job, bench.deadline())
+    assert bench.service.pipeline.saver.backlog == 1
+
+    bench.round(after=0)
+
+    assert bench.job(job.id).state is State.POLL
+    assert len(bench.cloud.runpod.inputs()) == 1
+
+
+def test_an_orphan_whose_cancel_fails_or_whose_row_cannot_be_read_is_looked_after_again(bench):
+    bench.faults.add(RUN, LOST, after_effect=True)
+    late = bench.job(bench.create())
+    orphan = bench.cloud.runpod._execute("SELECT id FROM runs")[0][0]
+    bench.cloud.d1.execute("UPDATE jobs SET status = 'cancelled', step = NULL")
+    bench.cloud.runpod._execute("UPDATE runs SET created_at = created_at + 900")
+    saver = bench.service.pipeline.saver
+    recorded_runs = bench.service.store.recorded_runs
+    bench.service.store.recorded_runs = lambda *_, **__: (_ for _ in ()).throw(TransientError("d1_timeout", "late"))
+    saver.save([jobs.accept(late, runpod_job_id=orphan, runpod_status="", now=bench.clock.now())], bench.deadline())
+    bench.service.store.recorded_runs = recorded_runs
+    bench.faults.add(r"POST .*/cancel/", (500, ""))
+
+    bench.round(after=61)
+    assert bench.cloud.runpod.find(orphan).cancelled_at is None
+    bench.round(after=61)
+
+    assert bench.cloud.runpod.find(orphan).cancelled_at is not None
+
+
+def test_an_orphan_is_kept_while_its_row_has_no_run_yet(bench):
+    bench.faults.add(RUN, LOST, after_effect=True)
+    late = bench.job(bench.create())
+    orphan = bench.cloud.runpod._execute("SELECT id FROM runs")[0][0]
+    bench.cloud.d1.execute("UPDATE jobs SET attempt = 2")  # another attempt is under way
+    saver = bench.service.pipeline.saver
+    accepted = jobs.accept(late, runpod_job_id=orphan, runpod_status="", now=bench.clock.now())
+    saver.save([accepted], bench.deadline())
+    assert (saver.backlog, bench.cloud.runpod.find(orphan).cancelled_at) == (1, None)
+
+    bench.cloud.d1.execute("UPDATE jobs SET attempt = 1")  # it was refused, and given back
+    saver.flush(bench.deadline())
+
+    assert bench.job(late.id).runpod_job_id == orphan
+
+
+def test_a_claim_whose_answer_is_lost_for_good_is_asked_for_again_by_its_name(bench, monkeypatch):
+    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 0)
+    job_id = bench.create()
+    bench.faults.add(D1, LOST, times=3, after_effect=True)
+    with pytest.raises(IndeterminateError):
+        bench.round()
+
+    bench.round()
+
+    assert bench.timeline(job_id) == ["created", "submitting", "submitted"]
+    assert len(bench.cloud.runpod.inputs()) == 1
+
+
+def test_stores_that_a_flush_began_are_saved_though_the_claim_fails(bench, monkeypatch):
+    job_id = bench.create()
+    bench.clock.advance(15)
+    deadline = bench.deadline()
+    (job,) = bench.service.store.claim(
+        nonce="a", now=bench.clock.now(), limits=Limits(submits=200), lease=70.0, ignore_due=True, timeout=5.0
+    )
+    change, _ = bench.service.pipeline.steps.poll(job, deadline, lease=70.0)
+    bench.faults.add(D1, LOST, times=3)
+    bench.service.pipeline.saver.save([change], deadline)
+    claim = bench.service.store.claim
+    bench.service.store.claim = lambda **_: (_ for _ in ()).throw(TransientError("d1_timeout", "late"))
+
+    with pytest.raises(TransientError):
+        bench.service.pipeline.run_round(deadline)
+
+    bench.service.store.claim = claim
+    assert bench.job(job_id).status == "done"
+
+
+def test_the_lease_outlives_the_deadline(bench, monkeypatch):
+    job_id = bench.create()
+    leases = []
+    put = type(bench.service.pipeline.steps.bucket).put
+
+    def spy(self, *args, **options):
+        leases.append(jobs.from_text(bench.job(job_id).due_at) - bench.clock.now())
+        return put(self, *args, **options)
+
+    monkeypatch.setattr(type(bench.service.pipeline.steps.bucket), "put", spy)
+    bench.s3.delete_bucket(Bucket=BUCKET)
+    bench.round(seconds=40.0)  # leased by the save of `completed`, then put off by R2
+    bench.s3.create_bucket(Bucket=BUCKET)
+    bench.round(seconds=50.0)  # leased by the claim
+
+    assert [lease.total_seconds() for lease in leases] == [45.5, 55.5]
+
+
+def test_one_404_does_not_bury_a_finished_picture(bench):
+    job_id = bench.create()
+    bench.s3.delete_bucket(Bucket=BUCKET)
+    bench.round()
+    bench.s3.create_bucket(Bucket=BUCKET)
+    bench.faults.add(STATUS, (404, {"status": 404, "detail": "job not found"}))
+
+    bench.round()
+    assert bench.events(job_id)[-1]["code"] == "result_lost"
+    bench.round(after=30)
+
+    assert bench.job(job_id).status == "done"
+
+
+def test_a_senseless_retry_after_does_not_stop_a_job_for_years(bench):
+    bench.faults.add(RUN, (429, "", {"Retry-After": "1769990400"}))
+    job_id = bench.create()
+
+    bench.round(after=902)
+
+    assert bench.job(job_id).state is State.POLL
 
 
 def test_large_answers_are_not_all_kept_in_memory(bench, monkeypatch):
@@ -524,7 +717,7 @@ def test_one_bad_row_poisons_no_other_and_ends_with_a_reason(bench):
 
     def refuse(changes, **options):
         if any(change.job.id == ids[3] and change.event == "completed" for change in changes):
-            raise PermanentError("d1_sql", "D1 refused the statement: string or blob too big")
+            raise PermanentError("d1_row", "D1 refused the statement: string or blob too big")
         return save(changes, **options)
 
     bench.service.store.save = refuse
@@ -545,7 +738,7 @@ def test_an_accepted_run_that_lost_its_place_is_cancelled(bench):
     bench.cloud.runpod._execute("UPDATE runs SET created_at = ? WHERE id = ?", bench.clock.at.timestamp(), orphan)
 
     accepted = jobs.accept(late, runpod_job_id=orphan, runpod_status="IN_QUEUE", now=bench.clock.now())
-    assert bench.service.pipeline.saver.save([accepted], deadline) == []
+    assert bench.service.pipeline.saver.save([accepted], deadline).won == []
 
     assert bench.cloud.runpod.find(orphan).cancelled_at is not None
     kept = bench.cloud.runpod.find(bench.job(job_id).runpod_job_id)
@@ -566,8 +759,8 @@ def test_a_late_acceptance_adopts_the_run_while_nothing_else_was_sent(bench):
         now=bench.clock.now(),
     )
 
-    assert len(bench.service.pipeline.saver.save([stale], bench.deadline())) == 1  # the version does not matter
-    assert bench.service.pipeline.saver.save([accepted], bench.deadline()) == []  # it is recorded already
+    assert len(bench.service.pipeline.saver.save([stale], bench.deadline()).won) == 1  # the version does not matter
+    assert bench.service.pipeline.saver.save([accepted], bench.deadline()).won == []  # it is recorded already
     assert bench.cloud.runpod.find(orphan[0]).cancelled_at is None
     assert finish(bench, job_id).status == "done"
     assert len(bench.cloud.runpod.inputs()) == 1

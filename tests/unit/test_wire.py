@@ -1,3 +1,4 @@
+import select
 import socket
 import threading
 import time
@@ -75,47 +76,72 @@ def test_an_answer_over_the_limit_is_cut(answers, clock):
     assert caught.value.code == "d1_answer_too_large"
 
 
-def test_a_trickling_answer_is_cut_at_the_timeout(answers, clock):
-    def slowly(response):
-        read1 = response.raw.read1
-
-        def later(*args, **kwargs):
-            clock.advance(3)
-            return read1(1, **{name: value for name, value in kwargs.items() if name == "decode_content"})
-
-        response.raw.read1 = later
-        return response
-
-    answers.response_callback = slowly
-    answers.add("POST", URL, body=b"x" * 100)
-
-    with pytest.raises(IndeterminateError) as caught:
-        exchange(Wire(clock))
-
-    assert caught.value.code == "d1_timeout"
-
-
-def test_a_body_that_never_comes_is_given_up_in_time():
+@pytest.mark.parametrize(
+    ("sent", "more"),
+    [
+        (b"", b""),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf", b""),
+        (b"HTTP/1.1 200 OK\r\nX-A", b"a"),
+        (b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+)
+def test_an_answer_that_does_not_end_is_given_up_in_time(sent, more):
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer():
             connection, _ = server.accept()
             with connection:
                 connection.recv(65_536)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
-                connection.recv(1)  # until the client has given up
+                connection.sendall(sent)
+                while more and connection.send(more):  # until the client has given up
+                    gone = select.select([connection], [], [], 0.05)[0]
+                    if gone:
+                        return
+                connection.recv(1)
 
         thread = threading.Thread(target=answer)
         thread.start()
         start = time.perf_counter()
         with pytest.raises(IndeterminateError) as caught:
             Wire(Clock()).exchange(
-                "d1", "GET", f"http://127.0.0.1:{server.getsockname()[1]}/", headers={}, timeout=0.4, max_bytes=100
+                "d1", "GET", f"http://127.0.0.1:{server.getsockname()[1]}/", headers={}, timeout=0.4, max_bytes=200_000
             )
         thread.join()
 
     assert caught.value.code == "d1_timeout"
     assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Le",
+        b"",
+    ],
+)
+def test_an_answer_that_is_cut_off_is_not_taken_for_a_whole_one(sent):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(sent)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(IndeterminateError) as caught:
+            Wire(Clock()).exchange(
+                "d1", "GET", f"http://127.0.0.1:{server.getsockname()[1]}/", headers={}, timeout=5.0, max_bytes=100
+            )
+        thread.join()
+
+    assert caught.value.code == "d1_cut_off"
 
 
 def test_redirects_are_not_followed(answers, clock):
