@@ -92,6 +92,7 @@ TABLE = [
     (200, {"success": True, "result": []}, IndeterminateError, "d1_bad_answer"),
     (200, {"success": True, "result": [{"results": None}]}, IndeterminateError, "d1_bad_answer"),
     (200, {"success": True, "result": [None]}, IndeterminateError, "d1_bad_answer"),
+    (200, {"success": True, "result": [None, {"results": []}]}, IndeterminateError, "d1_bad_answer"),
 ]
 
 

@@ -665,6 +665,36 @@ def test_the_lease_outlives_the_deadline(bench, monkeypatch):
     assert [lease.total_seconds() for lease in leases] == [45.5, 55.5]
 
 
+def test_without_time_for_it_no_poll_and_no_store_is_begun(bench):
+    polled = bench.create("polled")
+    asked = bench.cloud.calls["runpod"]
+    assert bench.round(seconds=3.9).checked == 0
+    bench.round(seconds=9.0)  # enough to poll, not to store
+    assert bench.job(polled).state is State.STORE
+    assert bench.cloud.calls["runpod"] == asked + 1
+
+    bench.round(after=20)
+
+    assert bench.job(polled).status == "done"
+
+
+def test_a_result_whose_lease_ends_before_we_do_is_left_to_the_next_claim(bench):
+    job_id = bench.create()
+    bench.clock.advance(15)
+    (job,) = bench.service.store.claim(
+        nonce="a", now=bench.clock.now(), limits=Limits(submits=200), lease=30.0, ignore_due=True, timeout=5.0
+    )
+    change, _ = bench.service.pipeline.steps.poll(job, bench.deadline(), lease=30.0)
+    bench.faults.add(D1, LOST, times=3)
+    bench.service.pipeline.saver.save([change], bench.deadline(30.0))
+
+    bench.round(after=15)
+    assert (bench.job(job_id).state, bench.objects()) == (State.STORE, [])
+    bench.round(after=16)
+
+    assert bench.job(job_id).status == "done"
+
+
 def test_one_404_does_not_bury_a_finished_picture(bench):
     job_id = bench.create()
     bench.s3.delete_bucket(Bucket=BUCKET)
