@@ -74,7 +74,8 @@ def _clouds(text: str) -> list[str]:
 def main() -> None:
     """The command."""
     options = read_arguments()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
+        signal.signal(number, _interrupt)
     children: dict[str, subprocess.Popen[bytes]] = {}
     try:
         start(options, children)
