@@ -21,6 +21,7 @@ from chalicelib.bootstrap import Service
 from chalicelib.d1 import D1
 from chalicelib.jobs import Job, State
 from chalicelib.runtime import Clock, Deadline
+from chalicelib.store import Limits
 from chalicelib.wire import Wire
 from tools import schema
 from tools.cloud import LocalCloud, Request
@@ -105,6 +106,11 @@ class Bench:
         self.clock.advance(after)
         return self.service.pipeline.run_round(self.deadline(seconds), **options)
 
+    def claim(self, nonce: str = "a", *, lease: float = 60.0) -> list[Job]:
+        limits = Limits(submits=200)
+        now = self.clock.now()
+        return self.service.store.claim(nonce=nonce, now=now, limits=limits, lease=lease, ignore_due=True, timeout=5.0)
+
     def job(self, job_id: str) -> Job:
         job = self.service.store.get(job_id, timeout=5.0)
         assert job is not None
@@ -129,6 +135,13 @@ class Bench:
 @pytest.fixture(autouse=True)
 def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(settings, "ENV_FILE", tmp_path / "no.env")
+
+
+@pytest.fixture
+def answers() -> Iterator[responses.RequestsMock]:
+    """The answers that a test gives to HTTP requests itself."""
+    with responses.RequestsMock() as mock:
+        yield mock
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import requests
 from tools.cloud.render import draw
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 60
+START_SECONDS = 120
 
 
 def free_port():

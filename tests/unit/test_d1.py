@@ -2,19 +2,12 @@ import json
 from random import Random
 
 import pytest
-import responses
 
 from chalicelib.d1 import D1, Statement
 from chalicelib.errors import IndeterminateError, PermanentError, TransientError
 from chalicelib.wire import Wire
 
 URL = "https://d1.test/client/v4/accounts/acc/d1/database/db/query"
-
-
-@pytest.fixture
-def answers():
-    with responses.RequestsMock() as mock:
-        yield mock
 
 
 @pytest.fixture

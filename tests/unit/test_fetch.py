@@ -2,19 +2,12 @@ import socket
 
 import pytest
 import requests
-import responses
 
 from chalicelib.errors import PermanentError, TransientError
 from chalicelib.fetch import Fetch
 from chalicelib.wire import Wire
 
 URL = "https://results.example/a.png"
-
-
-@pytest.fixture
-def answers():
-    with responses.RequestsMock() as mock:
-        yield mock
 
 
 @pytest.fixture

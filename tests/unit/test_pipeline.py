@@ -447,9 +447,7 @@ def test_a_save_whose_answer_was_lost_has_still_won(bench):
     job_id = bench.create()
     bench.clock.advance(15)
     deadline = bench.deadline()
-    (job,) = bench.service.store.claim(
-        nonce="a", now=bench.clock.now(), limits=Limits(submits=200), lease=60.0, ignore_due=True, timeout=5.0
-    )
+    (job,) = bench.claim()
     change, _ = bench.service.pipeline.steps.poll(job, deadline, lease=60.0)
     bench.faults.add(D1, LOST, after_effect=True)
 
@@ -462,9 +460,7 @@ def test_a_save_whose_answer_was_lost_has_still_won(bench):
 def test_a_save_of_unknown_fate_keeps_its_nonce_and_has_won_when_it_is_known(bench):
     job_id = bench.create()
     bench.clock.advance(15)
-    (job,) = bench.service.store.claim(
-        nonce="a", now=bench.clock.now(), limits=Limits(submits=200), lease=60.0, ignore_due=True, timeout=5.0
-    )
+    (job,) = bench.claim()
     change, _ = bench.service.pipeline.steps.poll(job, bench.deadline(), lease=60.0)
     saver = bench.service.pipeline.saver
     bench.faults.add(D1, LOST, times=3, after_effect=True)
@@ -495,14 +491,13 @@ def test_when_one_batch_is_refused_those_behind_it_are_kept_too(bench, monkeypat
 def test_a_save_repeated_after_another_claimed_the_store_has_not_won_it(bench):
     job_id = bench.create()
     bench.clock.advance(15)
-    store, saver = bench.service.store, bench.service.pipeline.saver
-    claim = {"limits": Limits(submits=200), "lease": 30.0, "ignore_due": True, "timeout": 5.0}
-    (job,) = store.claim(nonce="a", now=bench.clock.now(), **claim)
+    saver = bench.service.pipeline.saver
+    (job,) = bench.claim("a", lease=30.0)
     change, _ = bench.service.pipeline.steps.poll(job, bench.deadline(), lease=30.0)
     bench.faults.add(D1, LOST, times=3, after_effect=True)
     saver.save([change], bench.deadline())
     bench.clock.advance(31)
-    assert len(store.claim(nonce="b", now=bench.clock.now(), **claim)) == 1
+    assert len(bench.claim("b", lease=30.0)) == 1
 
     assert saver.flush(bench.deadline()).won == []
     assert bench.timeline(job_id) == ["created", "submitted", "completed"]
@@ -631,9 +626,7 @@ def test_stores_that_a_flush_began_are_saved_though_the_claim_fails(bench, monke
     job_id = bench.create()
     bench.clock.advance(15)
     deadline = bench.deadline()
-    (job,) = bench.service.store.claim(
-        nonce="a", now=bench.clock.now(), limits=Limits(submits=200), lease=70.0, ignore_due=True, timeout=5.0
-    )
+    (job,) = bench.claim(lease=70.0)
     change, _ = bench.service.pipeline.steps.poll(job, deadline, lease=70.0)
     bench.faults.add(D1, LOST, times=3)
     bench.service.pipeline.saver.save([change], deadline)
@@ -681,9 +674,7 @@ def test_without_time_for_it_no_poll_and_no_store_is_begun(bench):
 def test_a_result_whose_lease_ends_before_we_do_is_left_to_the_next_claim(bench):
     job_id = bench.create()
     bench.clock.advance(15)
-    (job,) = bench.service.store.claim(
-        nonce="a", now=bench.clock.now(), limits=Limits(submits=200), lease=30.0, ignore_due=True, timeout=5.0
-    )
+    (job,) = bench.claim(lease=30.0)
     change, _ = bench.service.pipeline.steps.poll(job, bench.deadline(), lease=30.0)
     bench.faults.add(D1, LOST, times=3)
     bench.service.pipeline.saver.save([change], bench.deadline(30.0))

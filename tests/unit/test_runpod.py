@@ -2,7 +2,6 @@ import json
 
 import pytest
 import requests
-import responses
 
 from chalicelib.errors import IndeterminateError, PermanentError, TransientError
 from chalicelib.runpod import Runpod, Verdict
@@ -12,12 +11,6 @@ BASE = "https://runpod.test/v2"
 RUN = f"{BASE}/ep/run"
 STATUS = f"{BASE}/ep/status/run-1"
 CANCEL = f"{BASE}/ep/cancel/run-1"
-
-
-@pytest.fixture
-def answers():
-    with responses.RequestsMock() as mock:
-        yield mock
 
 
 @pytest.fixture

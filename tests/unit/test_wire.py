@@ -5,7 +5,6 @@ import time
 
 import pytest
 import requests
-import responses
 from urllib3.connection import HTTPConnection
 from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnectionError
 
@@ -18,12 +17,6 @@ URL = "http://service.test/x"
 
 def exchange(wire, **options):
     return wire.exchange("d1", "POST", URL, headers={}, body=b"{}", **{"timeout": 5.0, "max_bytes": 1000, **options})
-
-
-@pytest.fixture
-def answers():
-    with responses.RequestsMock() as mock:
-        yield mock
 
 
 @pytest.mark.parametrize(
@@ -76,6 +69,29 @@ def test_an_answer_over_the_limit_is_cut(answers, clock):
     assert caught.value.code == "d1_answer_too_large"
 
 
+@pytest.fixture
+def ask():
+    """Ask a server that answers as the test says, over a real socket."""
+    threads = []
+
+    def run(answer, *, timeout):
+        server = socket.create_server(("127.0.0.1", 0))
+
+        def serve():
+            with server, server.accept()[0] as connection:
+                connection.recv(65_536)
+                answer(connection)
+
+        threads.append(threading.Thread(target=serve))
+        threads[-1].start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        return Wire(Clock()).exchange("d1", "GET", url, headers={}, timeout=timeout, max_bytes=200_000)
+
+    yield run
+    for thread in threads:
+        thread.join()
+
+
 @pytest.mark.parametrize(
     ("sent", "more"),
     [
@@ -88,28 +104,16 @@ def test_an_answer_over_the_limit_is_cut(answers, clock):
         (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
     ],
 )
-def test_an_answer_that_does_not_end_is_given_up_in_time(sent, more):
-    with socket.create_server(("127.0.0.1", 0)) as server:
+def test_an_answer_that_does_not_end_is_given_up_in_time(ask, sent, more):
+    def answer(connection):
+        connection.sendall(sent)
+        # Goes on until the client has given up.
+        while not select.select([connection], [], [], 0.05 if more else 30)[0]:
+            connection.sendall(more)
 
-        def answer():
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(65_536)
-                connection.sendall(sent)
-                while more and connection.send(more):  # until the client has given up
-                    gone = select.select([connection], [], [], 0.05)[0]
-                    if gone:
-                        return
-                connection.recv(1)
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        start = time.perf_counter()
-        with pytest.raises(IndeterminateError) as caught:
-            Wire(Clock()).exchange(
-                "d1", "GET", f"http://127.0.0.1:{server.getsockname()[1]}/", headers={}, timeout=0.4, max_bytes=200_000
-            )
-        thread.join()
+    start = time.perf_counter()
+    with pytest.raises(IndeterminateError) as caught:
+        ask(answer, timeout=0.4)
 
     assert caught.value.code == "d1_timeout"
     assert time.perf_counter() - start < 3
@@ -124,22 +128,9 @@ def test_an_answer_that_does_not_end_is_given_up_in_time(sent, more):
         b"",
     ],
 )
-def test_an_answer_that_is_cut_off_is_not_taken_for_a_whole_one(sent):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def answer():
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(65_536)
-                connection.sendall(sent)
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        with pytest.raises(IndeterminateError) as caught:
-            Wire(Clock()).exchange(
-                "d1", "GET", f"http://127.0.0.1:{server.getsockname()[1]}/", headers={}, timeout=5.0, max_bytes=100
-            )
-        thread.join()
+def test_an_answer_that_is_cut_off_is_not_taken_for_a_whole_one(ask, sent):
+    with pytest.raises(IndeterminateError) as caught:
+        ask(lambda connection: connection.sendall(sent), timeout=5.0)
 
     assert caught.value.code == "d1_cut_off"
 
