@@ -83,7 +83,9 @@ class D1:
                 wait = retry.seconds_to_wait(retry.CALL, failures, rng=self._rng, retry_after=error.retry_after)
                 last = failures == retry.CALL_ATTEMPTS or wait + 1 > deadline.left()
                 if last or isinstance(error, PermanentError):
-                    raise _after(error, doubt=doubt) from error
+                    if doubt and error.code != "d1_row":  # a faulty row was refused by every try
+                        raise _in_doubt(error) from error
+                    raise
                 self._clock.sleep(wait)
         raise AssertionError("the last try returns or raises")
 
@@ -111,10 +113,8 @@ class D1:
             self._locked_until = self._clock.monotonic() + reply.retry_after
 
 
-def _after(error: ServiceError, *, doubt: bool) -> ServiceError:
-    """The error of the last try, where an earlier one may have taken effect; a faulty row was refused by all."""
-    if not doubt or error.code == "d1_row":
-        return error
+def _in_doubt(error: ServiceError) -> IndeterminateError:
+    """The error of the last try, after an earlier one that may have taken effect."""
     return IndeterminateError(error.code, error.sentence, service=error.service, retry_after=error.retry_after)
 
 

@@ -6,6 +6,7 @@ It runs four rounds a minute; two at once, here or in another process, do no har
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from random import Random
 from uuid import UUID
 
@@ -27,26 +28,17 @@ CREATE_TIMEOUT = 8.0  # seconds
 CALLS_KEPT_FOR_ROUNDS = 100  # under this many D1 calls left, creating only queues: one call, not two
 
 
+@dataclass(kw_only=True)
 class Pipeline:
     """Everything that moves jobs; one for each process."""
 
-    def __init__(
-        self,
-        *,
-        store: Store,
-        steps: Steps,
-        saver: Saver,
-        clock: Clock,
-        rng: Random,
-        new_crew: Callable[[int], Crew] = Crew,
-    ) -> None:
-        self.store = store
-        self.steps = steps
-        self.saver = saver
-        self.clock = clock
-        self.rng = rng
-        self.new_crew = new_crew
-        self._doubtful = DoubtfulClaim()
+    store: Store
+    steps: Steps
+    saver: Saver
+    clock: Clock
+    rng: Random
+    new_crew: Callable[[int], Crew] = Crew
+    doubtful: DoubtfulClaim = field(default_factory=DoubtfulClaim)
 
     def new_job(self, *, prompt: str, model: str, payload: dict[str, object] | None) -> Job:
         """A job with an id of its own, not yet in the table."""
@@ -132,7 +124,7 @@ class Pipeline:
         return []
 
     def run_round(self, deadline: Deadline, *, ignore_due: bool = False) -> Report:
-        """One pass over every due job. Raises ServiceError where the claim fails; then nothing was begun."""
+        """One pass over every due job. Raises ServiceError where the claim fails; what was won before is carried on."""
         start = self.clock.monotonic()
         with self.new_crew(THREADS) as crew:
             report = Round(
@@ -143,7 +135,7 @@ class Pipeline:
                 rng=self.rng,
                 crew=crew,
                 deadline=deadline,
-                doubtful=self._doubtful,
+                doubtful=self.doubtful,
             ).run(ignore_due=ignore_due)
         seconds = self.clock.monotonic() - start
         log.round_over(checked=report.checked, submitted=report.submitted, updated=len(report.updated), seconds=seconds)

@@ -11,7 +11,7 @@ from datetime import timedelta
 from random import Random
 
 from chalicelib import jobs, log
-from chalicelib.errors import IndeterminateError, ServiceError, TransientError
+from chalicelib.errors import ServiceError, TransientError
 from chalicelib.jobs import FINAL, Change, Job, State, to_text
 from chalicelib.runpod import Answer
 from chalicelib.runtime import Clock, Crew, Deadline
@@ -71,37 +71,28 @@ class DoubtfulClaim:
         return nonce
 
 
+@dataclass(kw_only=True)
 class Round:
     """One pass: claims, starts a step for each job, saves outcomes, and stores what it has won."""
 
-    def __init__(
-        self,
-        *,
-        store: Store,
-        steps: Steps,
-        saver: Saver,
-        clock: Clock,
-        rng: Random,
-        crew: Crew,
-        deadline: Deadline,
-        doubtful: "DoubtfulClaim",
-    ) -> None:
-        self._store = store
-        self._steps = steps
-        self._saver = saver
-        self._clock = clock
-        self._rng = rng
-        self._crew = crew
-        self._deadline = deadline
-        self._doubtful = doubtful
+    store: Store
+    steps: Steps
+    saver: Saver
+    clock: Clock
+    rng: Random
+    crew: Crew
+    deadline: Deadline
+    doubtful: DoubtfulClaim
+
+    def __post_init__(self) -> None:
         self._report = Report()
         self._answers: dict[str, Answer] = {}
         self._saves_refused = False
-        self._saved_at = clock.monotonic()
+        self._saved_at = self.clock.monotonic()
 
     def run(self, *, ignore_due: bool) -> Report:
         """Run to the end: no thread is left at work when this returns. Raises ServiceError where D1 fails it."""
-        self._go_on(self._saver.flush(self._deadline))
+        self._go_on(self.saver.flush(self.deadline))
         try:
             for job in self._claim(ignore_due):
                 self._start(job)
@@ -111,31 +102,32 @@ class Round:
 
     def _claim(self, ignore_due: bool) -> list[Job]:
         """What is due: results first, which RunPod forgets, then runs to send, which need time, then polls."""
-        submits = SUBMITS_PER_ROUND if self._deadline.left() > SUBMIT_BUDGET and not self._saves_refused else 0
-        nonce = self._doubtful.take() or new_nonce(self._rng)
+        submits = SUBMITS_PER_ROUND if self.deadline.left() > SUBMIT_BUDGET and not self._saves_refused else 0
+        nonce = self.doubtful.take() or new_nonce(self.rng)
         try:
-            claimed = self._store.claim(
+            claimed = self.store.claim(
                 nonce=nonce,
-                now=self._clock.now(),
+                now=self.clock.now(),
                 limits=Limits(submits=submits),
                 lease=self._lease(),
                 ignore_due=ignore_due,
-                timeout=self._deadline.cap(CLAIM_TIMEOUT),
+                timeout=self.deadline.cap(CLAIM_TIMEOUT),
             )
-        except IndeterminateError:
-            # What it may have claimed nobody else will send for ten minutes; the next round asks for it by this name.
-            self._doubtful.put(nonce)
+        except ServiceError:
+            # What it may have claimed, now or at an earlier try, nobody else will send for ten minutes; the next round
+            # asks for it by this name.
+            self.doubtful.put(nonce)
             raise
         order = [State.STORE, State.SUBMITTING, State.POLL]
         return sorted(claimed, key=lambda job: order.index(job.state))
 
     def _lease(self) -> float:
         """Seconds for which a result is ours: until this invocation must be dead, and a little more."""
-        return max(0.0, self._deadline.left()) + LEASE_MARGIN
+        return max(0.0, self.deadline.left()) + LEASE_MARGIN
 
     def _start(self, job: Job, answer: Answer | None = None) -> None:
         if job.state is not State.STORE or self._leased(job):
-            self._crew.start(lambda: self._work(job, answer))
+            self.crew.start(lambda: self._work(job, answer))
 
     def _work(self, job: Job, answer: Answer | None) -> Outcome:
         """One step in a thread of the crew; whatever goes wrong concerns this job alone."""
@@ -154,41 +146,41 @@ class Round:
             log.crashed("step_crashed", job_id=job.id)
             if job.state is State.STORE:
                 return Outcome(
-                    change=self._steps.not_stored(
+                    change=self.steps.not_stored(
                         job, TransientError("internal_error", "Storing the result failed inside the service.")
                     )
                 )
         return Outcome()
 
     def _submit(self, job: Job) -> Outcome:
-        if self._deadline.left() < SUBMIT_BUDGET or self._saves_refused:
-            return Outcome(change=jobs.return_unsent(job, now=self._clock.now()))
-        return Outcome(change=self._steps.submit(job, self._deadline))
+        if self.deadline.left() < SUBMIT_BUDGET or self._saves_refused:
+            return Outcome(change=jobs.return_unsent(job, now=self.clock.now()))
+        return Outcome(change=self.steps.submit(job, self.deadline))
 
     def _poll(self, job: Job) -> Outcome:
-        if self._deadline.left() < POLL_BUDGET:
+        if self.deadline.left() < POLL_BUDGET:
             return Outcome()
-        change, answer = self._steps.poll(job, self._deadline, lease=self._lease())
+        change, answer = self.steps.poll(job, self.deadline, lease=self._lease())
         return Outcome(change=change, asked=True, answer=answer)
 
     def _store_result(self, job: Job, answer: Answer | None) -> Outcome:
-        if self._deadline.left() < STORE_BUDGET:
+        if self.deadline.left() < STORE_BUDGET:
             return Outcome()
-        return Outcome(change=self._steps.store(job, answer, self._deadline))
+        return Outcome(change=self.steps.store(job, answer, self.deadline))
 
     def _collect(self) -> None:
         """Gather outcomes until all work is done; save when the last is in, or a second after the last save."""
         changes: list[Change] = []
-        while self._crew.busy or changes:
-            if self._crew.busy:
+        while self.crew.busy or changes:
+            if self.crew.busy:
                 changes += self._gather(SAVE_EVERY)
-            if changes and (not self._crew.busy or self._clock.monotonic() - self._saved_at >= SAVE_EVERY):
+            if changes and (not self.crew.busy or self.clock.monotonic() - self._saved_at >= SAVE_EVERY):
                 self._save(changes)
                 changes = []
 
     def _gather(self, timeout: float) -> list[Change]:
         changes = []
-        for outcome in self._crew.wait(timeout):
+        for outcome in self.crew.wait(timeout):
             if not isinstance(outcome, Outcome):
                 log.failed("step_ended", ServiceError("internal_error", f"A step ended with {outcome!r}."))
                 continue
@@ -204,8 +196,8 @@ class Round:
             self._answers[change.job.id] = answer
 
     def _save(self, changes: list[Change]) -> None:
-        self._saved_at = self._clock.monotonic()
-        self._go_on(self._saver.save(changes, self._deadline))
+        self._saved_at = self.clock.monotonic()
+        self._go_on(self.saver.save(changes, self.deadline))
 
     def _go_on(self, saved: Saved) -> None:
         """Take the next step of what was won: whoever saved `completed` holds the lease and stores."""
@@ -223,4 +215,4 @@ class Round:
 
     def _leased(self, job: Job) -> bool:
         """Whether the lease lasts for as long as we do; that of a save kept from an earlier invocation does not."""
-        return job.due_at >= to_text(self._clock.now() + timedelta(seconds=self._deadline.left()))
+        return job.due_at >= to_text(self.clock.now() + timedelta(seconds=self.deadline.left()))

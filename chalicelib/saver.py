@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from chalicelib import jobs, log
-from chalicelib.errors import IndeterminateError, PermanentError, ServiceError
+from chalicelib.errors import PermanentError, ServiceError, TransientError
 from chalicelib.jobs import FINAL, Change, Job
 from chalicelib.runpod import Runpod
 from chalicelib.runtime import Clock, Deadline
@@ -112,26 +112,24 @@ class Saver:
         with self._lock:
             self._unknown += batches
 
+    def _keep_orphans(self, orphans: list[Change]) -> None:
+        with self._lock:
+            self._orphans += orphans
+
     def _save(self, batch: Batch, saved: Saved, deadline: Deadline) -> list[Batch]:
         """Save one batch; the batches that are to be tried in its place, if a row of it is at fault."""
         try:
             versions = self._store.save(
                 batch.changes, nonce=batch.nonce, now=self._clock.now(), timeout=deadline.cap(SAVE_TIMEOUT)
             )
-        except PermanentError as error:
-            if error.code in FAULTS_OF_A_ROW:
+        except Exception as error:
+            if isinstance(error, PermanentError) and error.code in FAULTS_OF_A_ROW:
                 return self._without_fault(batch.changes, error, deadline)
-            self.keep(batch.changes)
-            raise
-        except ServiceError as error:
-            # What may be in the table is there under this nonce; under another one it would look like a lost race.
-            if isinstance(error, IndeterminateError):
-                self._keep_batches([batch])
-            else:
+            if isinstance(error, (TransientError, PermanentError)):
                 self.keep(batch.changes)
-            raise
-        except Exception:
-            self._keep_batches([batch])
+            else:
+                # It may be in the table under this nonce; under another one that would look like a lost race.
+                self._keep_batches([batch])
             raise
         self._settle(batch.changes, versions, saved)
         return []
@@ -143,7 +141,7 @@ class Saver:
                 saved.won.append(won)
                 log.saved(won)
             elif change.accepted:
-                self._orphans.append(change)
+                self._keep_orphans([change])
                 self._orphans_due = self._clock.monotonic()
 
     def _without_fault(self, changes: list[Change], error: PermanentError, deadline: Deadline) -> list[Batch]:
@@ -176,7 +174,7 @@ class Saver:
             rows = self._store.recorded_runs([change.job.id for change in orphans], timeout=deadline.cap(SAVE_TIMEOUT))
         except ServiceError as error:
             log.failed("orphans_unread", error)
-            self._orphans += orphans
+            self._keep_orphans(orphans)
             return
         for change in orphans:
             row = rows.get(change.job.id)
@@ -191,7 +189,7 @@ class Saver:
             self._runpod.cancel(job.endpoint_id or "", job.runpod_job_id or "", timeout=deadline.cap(CANCEL_TIMEOUT))
         except ServiceError as error:
             log.failed("orphan_not_cancelled", error, job_id=job.id)
-            self._orphans.append(change)
+            self._keep_orphans([change])
 
 
 def _is_superseded(row: Job, ours: Job) -> bool:

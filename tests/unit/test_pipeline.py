@@ -622,6 +622,22 @@ def test_a_claim_whose_answer_is_lost_for_good_is_asked_for_again_by_its_name(be
     assert len(bench.cloud.runpod.inputs()) == 1
 
 
+def test_a_claim_in_doubt_is_not_forgotten_when_the_next_is_refused(bench, monkeypatch):
+    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 0)
+    job_id = bench.create()
+    bench.faults.add(D1, LOST, times=3, after_effect=True)
+    with pytest.raises(IndeterminateError):
+        bench.round()
+    bench.faults.add(D1, (429, {"errors": [{"code": 971}]}, {"Retry-After": "20"}))
+    with pytest.raises(TransientError):
+        bench.round()
+
+    bench.round(after=21)
+
+    assert bench.timeline(job_id) == ["created", "submitting", "submitted"]
+    assert len(bench.cloud.runpod.inputs()) == 1
+
+
 def test_stores_that_a_flush_began_are_saved_though_the_claim_fails(bench, monkeypatch):
     job_id = bench.create()
     bench.clock.advance(15)
