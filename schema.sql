@@ -35,7 +35,7 @@ CREATE TABLE IF NOT EXISTS jobs (
   -- The version at which the intent to submit was written; only while it is still the version may /run be called.
   intent_version INTEGER,
   runpod_status TEXT,
-  -- The files of the result (JSON): key, url, content_type, bytes, sha256.
+  -- The files of the result that are in R2 (JSON): key, url, content_type, bytes, sha256, width, height.
   outputs TEXT,
   error_code TEXT,
   -- Set when a finished result could not be stored.

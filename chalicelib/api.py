@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec
 from urllib.parse import unquote
 
@@ -11,7 +12,7 @@ from chalice.app import Request, Response
 from chalicelib import auth, inputs, log
 from chalicelib.bootstrap import Service, service
 from chalicelib.errors import IndeterminateError, RequestError, ServiceError
-from chalicelib.jobs import FINAL, Job, State, Status
+from chalicelib.jobs import FINAL, Job, State, Status, to_text
 from chalicelib.runtime import Deadline
 
 # Bodies are JSON whatever they are called: a browser's fetch says text/plain and curl -d says form.
@@ -20,6 +21,7 @@ BODY_TYPES = ["application/json", "text/plain", "application/x-www-form-urlencod
 REQUEST_SECONDS = 24.0  # every request is over in 25 s; API Gateway gives up after 29
 READ_SECONDS = 10.0
 DEV_ROUND_SECONDS = 20.0
+PRESIGNED_SECONDS = 3600  # that a link to a file of a private bucket holds
 SCHEDULE_RESERVE = 0.5  # seconds of the Lambda's time kept for returning
 
 # Chalice's own refusals, by the code it gives them.
@@ -122,7 +124,7 @@ def get_status(current: Service, request: Request, job_id: str | None = None) ->
     asked = unquote(job_id) if job_id is not None else inputs.query_of(request).get("id", "")
     if not asked.strip():
         raise RequestError("id_required", "id is required: /api/queue/status?id=…")
-    return _view(_found(current.store.get(inputs.read_id(asked), timeout=READ_SECONDS)))
+    return _view(current, _found(current.store.get(inputs.read_id(asked), timeout=READ_SECONDS)))
 
 
 @_route()
@@ -137,7 +139,10 @@ def list_jobs(current: Service, request: Request) -> Answer:
     found = current.store.newest(limit=limit + 1, after=after, status=status, timeout=READ_SECONDS)
     page = found[:limit]
     more = len(found) > limit
-    return {"jobs": [_view(job) for job in page], "next_cursor": inputs.make_cursor(page[-1]) if more else None}
+    return {
+        "jobs": [_view(current, job) for job in page],
+        "next_cursor": inputs.make_cursor(page[-1]) if more else None,
+    }
 
 
 @_route()
@@ -145,7 +150,7 @@ def get_job(current: Service, request: Request, job_id: str) -> Answer:
     """One job with its timeline."""
     job, timeline = current.store.get_with_timeline(inputs.read_id(unquote(job_id)), timeout=READ_SECONDS)
     lines = [{"at": line["at"], "event": line["event"], **json.loads(line["detail"])} for line in timeline]
-    return {"job": {**_view(_found(job)), "timeline": lines}}
+    return {"job": {**_view(current, _found(job)), "timeline": lines}}
 
 
 @_route()
@@ -174,7 +179,7 @@ def send_job(current: Service, request: Request) -> Answer:
 def run_round(current: Service, request: Request) -> Answer:
     """Run one whole round now, due or not."""
     report = current.pipeline.run_round(Deadline(current.clock, DEV_ROUND_SECONDS), ignore_due=True)
-    return {"checked": report.checked, "updated": [_view_update(job) for job in report.updated]}
+    return {"checked": report.checked, "updated": [_view_update(current, job) for job in report.updated]}
 
 
 def run_minute(context: Any) -> Answer:
@@ -196,16 +201,17 @@ def _found(job: Job | None) -> Job:
     return job
 
 
-def _view(job: Job) -> Answer:
+def _view(current: Service, job: Job) -> Answer:
     return {
         "id": job.id,
         "status": job.status,
         "step": job.step,
         "prompt": job.prompt,
         "model": job.model,
-        "result_url": job.result_url,
+        "result_url": _url(current, job.result_url, job.result_r2_key),
         "result_r2_key": job.result_r2_key,
-        "outputs": json.loads(job.outputs) if job.outputs else [],
+        "outputs": [{**file, "url": _url(current, file["url"], file["key"])} for file in job.files],
+        "urls_expire_at": _expiry(current, job),
         "error": job.error_message,
         "error_code": job.error_code,
         "attempt": job.attempt,
@@ -223,7 +229,23 @@ def _view(job: Job) -> Answer:
     }
 
 
-def _view_update(job: Job) -> Answer:
+def _url(current: Service, url: str | None, key: str | None) -> str | None:
+    """The file's URL: the one that was stored, or the bucket's public one, or one made for this answer alone."""
+    if url or not key:
+        return url
+    return current.bucket.public_url(key) or current.bucket.presign(key, seconds=PRESIGNED_SECONDS)
+
+
+def _expiry(current: Service, job: Job) -> str | None:
+    """When the URLs in this answer end; None where they last."""
+    urls = [(job.result_url, job.result_r2_key), *((file["url"], file["key"]) for file in job.files)]
+    if all(url or not key or current.bucket.public_url(key) for url, key in urls):
+        return None
+    return to_text(current.clock.now() + timedelta(seconds=PRESIGNED_SECONDS))
+
+
+def _view_update(current: Service, job: Job) -> Answer:
     if job.state is State.DONE:
-        return {"id": job.id, "status": job.status, "result_url": job.result_url, "r2_key": job.result_r2_key}
+        url = _url(current, job.result_url, job.result_r2_key)
+        return {"id": job.id, "status": job.status, "result_url": url, "r2_key": job.result_r2_key}
     return {"id": job.id, "status": job.status, "error": job.error_message}

@@ -6,9 +6,10 @@ from random import SystemRandom
 
 from chalicelib import log, settings
 from chalicelib.d1 import D1
-from chalicelib.fetch import Fetch
+from chalicelib.fetch import Fetch, Guard
 from chalicelib.pipeline import Pipeline
 from chalicelib.r2 import R2
+from chalicelib.results import Results
 from chalicelib.runpod import Runpod
 from chalicelib.runtime import Clock
 from chalicelib.saver import Saver
@@ -25,6 +26,7 @@ class Service:
     settings: Settings
     store: Store
     pipeline: Pipeline
+    bucket: R2
     clock: Clock
 
 
@@ -42,19 +44,21 @@ def build(config: Settings, clock: Clock) -> Service:
     d1 = make_d1(config, wire, clock)
     runpod = Runpod(wire=wire, base_url=config.runpod_api_base, api_key=config.runpod_api_key)
     store = Store(d1=d1, default_endpoint_id=config.runpod_endpoint_id, submit_unknown_wait=config.submit_unknown_wait)
+    guard = Guard(config.result_allowed_private_hosts)
+    fetch = Fetch(wire=Wire(clock, resolve=guard.resolve), clock=clock)
+    bucket = R2(
+        endpoint_url=config.r2_endpoint,
+        bucket=config.r2_bucket,
+        access_key_id=config.r2_access_key_id,
+        secret_access_key=config.r2_secret_access_key,
+        public_base_url=config.r2_public_base_url,
+    )
     steps = Steps(
         runpod=runpod,
-        fetch=Fetch(wire=wire, allowed_private_hosts=config.result_allowed_private_hosts),
-        bucket=R2(
-            endpoint_url=config.r2_endpoint,
-            bucket=config.r2_bucket,
-            access_key_id=config.r2_access_key_id,
-            secret_access_key=config.r2_secret_access_key,
-        ),
+        results=Results(fetch=fetch, bucket=bucket),
         clock=clock,
         rng=rng,
         default_endpoint_id=config.runpod_endpoint_id,
-        public_base_url=config.r2_public_base_url,
         max_attempts=config.max_attempts,
     )
     saver = Saver(store=store, runpod=runpod, clock=clock, rng=rng)
@@ -62,6 +66,7 @@ def build(config: Settings, clock: Clock) -> Service:
         settings=config,
         store=store,
         pipeline=Pipeline(store=store, steps=steps, saver=saver, clock=clock, rng=rng),
+        bucket=bucket,
         clock=clock,
     )
 

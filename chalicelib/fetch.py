@@ -1,64 +1,208 @@
 """Downloads a result from the link that a worker gave, which is not to be trusted."""
 
 import ipaddress
+import re
 import socket
-from urllib.parse import urlsplit
+from ipaddress import IPv4Address, IPv6Address
+from urllib.parse import urljoin, urlsplit
 
-from chalicelib.errors import IndeterminateError, PermanentError, TransientError
-from chalicelib.wire import Wire
+from requests import PreparedRequest, RequestException
 
-MAX_BYTES = 50_000_000
+from chalicelib.content import MAX_BYTES, Content, too_large
+from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
+from chalicelib.runtime import Clock, Deadline
+from chalicelib.wire import Stream, Wire
+
+MAX_REDIRECTS = 5
+MAX_ADDRESSES = 4  # tried of one host
+# Neither compression nor a connection that is kept: the next link is to another host, or has to be looked at anew.
+HEADERS = {"Accept-Encoding": "identity", "Connection": "close"}
+EXPLANATION_BYTES = 4_000  # read of a refusal, to see if it says that the link has expired
+
+# Where clouds tell a machine its secrets: AWS (with ECS and EKS), most others at the first address too, Azure, Alibaba.
+METADATA = frozenset(
+    ipaddress.ip_address(text)
+    for text in (
+        "169.254.169.254",
+        "169.254.170.2",
+        "169.254.170.23",
+        "168.63.129.16",
+        "100.100.100.200",
+        "fd00:ec2::254",
+        "fd00:ec2::23",
+    )
+)
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # a public IPv4 address, as a network with IPv6 only sees it
+
+# What the resolver takes for an address, such as 2130706433 or 0177.1 for 127.0.0.1, though it looks like a name.
+ODD_HOST = re.compile(r"(0x[0-9a-f]*|[0-9]+)(\.(0x[0-9a-f]*|[0-9]+))*\.?", re.IGNORECASE)
+
+
+class Refused(PermanentError):
+    """Raised when an address must not be visited; nothing was sent to it."""
+
+
+class Guard:
+    """Says which addresses a link may lead to: public ones, and those that the operator has allowed as `host:port`."""
+
+    def __init__(self, allowed_private_hosts: frozenset[str]) -> None:
+        self._allowed = allowed_private_hosts
+
+    def resolve(self, host: str, port: int) -> list[str]:
+        """
+        The addresses of the host, to connect to as they are: asked again, its name might lead elsewhere.
+
+        Raises Refused if only one of them is none of the public internet, TransientError if there is none.
+        """
+        allowed = f"{host}:{port}" in self._allowed
+        if not allowed and not _is_address(host) and ODD_HOST.fullmatch(host):
+            raise _refused("link_odd_host", "writes its host as a number")
+        addresses = _look_up(host, port)
+        for address in addresses if not allowed else []:
+            _check(address)
+        return [str(address) for address in addresses[:MAX_ADDRESSES]]
 
 
 class Fetch:
-    """Fetches links; hosts that resolve to a private address only if `host:port` is allowed by name."""
+    """Fetches links over a wire of its own, which has a Guard and knows no key."""
 
-    def __init__(self, *, wire: Wire, allowed_private_hosts: frozenset[str]) -> None:
+    def __init__(self, *, wire: Wire, clock: Clock) -> None:
         self._wire = wire
-        self._allowed = allowed_private_hosts
+        self._clock = clock
 
-    def download(self, url: str, *, timeout: float) -> bytes:
+    def download(self, url: str, into: Content, *, timeout: float) -> None:
         """
-        The file behind the link, at most 50 MB; redirects are not followed and no key is sent along.
+        Write the file behind the link, over at most five redirects and within `timeout` seconds in all.
 
         Raises PermanentError where the link can never be fetched, TransientError where it may be later.
         """
-        self._check(url)
+        deadline = Deadline(self._clock, timeout)
+        for hop in range(MAX_REDIRECTS + 1):
+            try:
+                target = self._visit(url, into, timeout=deadline.cap(timeout))
+            except Refused as error:
+                raise (_redirected(error) if hop else error) from error
+            if target is None:
+                return
+            url = target
+        raise PermanentError("redirect_loop", "The worker's link to the result redirects too often.", service="result")
+
+    def _visit(self, url: str, into: Content, *, timeout: float) -> str | None:
+        """Fetch the file, or return the address that the answer redirects to."""
+        _check_url(url)
         try:
-            reply = self._wire.exchange(
-                "result", "GET", url, headers={"Accept-Encoding": "identity"}, timeout=timeout, max_bytes=MAX_BYTES
-            )
+            with self._wire.open("result", "GET", url, headers=HEADERS, timeout=timeout) as answer:
+                if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
+                    return _join(url, answer.headers["Location"])
+                if answer.status != 200:
+                    raise _failure(answer)
+                _read(answer, into)
         except IndeterminateError as error:
-            raise TransientError(error.code, error.sentence, service="result") from error
-        if reply.status != 200:
-            raise TransientError(
-                "result_unavailable", f"The worker's link to the result answered HTTP {reply.status}.", service="result"
-            )
-        return reply.body
-
-    def _check(self, url: str) -> None:
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-        except ValueError:
-            host = None
-        if not host or parts.scheme not in ("http", "https") or parts.username or parts.password:
-            raise PermanentError(
-                "link_invalid", "The worker's link to the result is no plain http(s) address.", service="result"
-            )
-        if f"{host}:{port}" in self._allowed:
-            return
-        if not all(address.is_global for address in _resolve(host, port)):
-            raise PermanentError(
-                "link_private", "The worker's link to the result points into a private network.", service="result"
-            )
+            raise _broken_off(error, into) from error
+        return None
 
 
-def _resolve(host: str, port: int) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+def _check_url(url: str) -> None:
+    if not url.lower().startswith(("http://", "https://")):
+        raise _refused("link_scheme", "is not http(s)")
+    try:
+        PreparedRequest().prepare_url(url, None)
+        parts = urlsplit(url)
+    except (RequestException, ValueError) as error:
+        raise _refused("link_invalid", "is no address") from error
+    if parts.username is not None or parts.password is not None:
+        raise _refused("link_credentials", "carries a user name or password")
+
+
+def _join(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise _refused("redirect_refused", "redirects to what is no address") from error
+
+
+def _look_up(host: str, port: int) -> list[IPv4Address | IPv6Address]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise TransientError(
             "result_unreachable", "The host of the worker's link has no address.", service="result"
         ) from error
-    return [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0])) for entry in found))
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _check(address: IPv4Address | IPv6Address) -> None:
+    if isinstance(address, IPv6Address):
+        if address in NAT64:
+            return _check(IPv4Address(int(address) & 0xFFFFFFFF))
+        if address.ipv4_mapped or address.sixtofour or address.teredo or 1 < int(address) < 1 << 32:
+            raise _refused("link_mapped", "leads to an IPv4 address inside an IPv6 one")
+    if address in METADATA:
+        raise _refused("link_metadata", "leads to a cloud's metadata service")
+    if address.is_loopback:
+        raise _refused("link_loopback", "leads back to this machine")
+    if address.is_link_local:
+        raise _refused("link_link_local", "leads to a link-local address")
+    if not address.is_global or address.is_multicast:
+        raise _refused("link_private", "leads into a private network")
+    return None
+
+
+def _refused(code: str, sentence: str) -> Refused:
+    return Refused(code, f"The worker's link to the result {sentence}; it is not followed.", service="result")
+
+
+def _redirected(error: Refused) -> PermanentError:
+    return PermanentError("redirect_refused", f"After a redirect: {error.sentence}", service="result")
+
+
+def _failure(answer: Stream) -> ServiceError:
+    """What an answer means that is neither the file nor a redirect."""
+    status, said = answer.status, f"The worker's link to the result answered HTTP {answer.status}"
+    if status in (408, 425, 429) or status >= 500:
+        return TransientError("result_unavailable", f"{said}.", service="result", retry_after=answer.retry_after)
+    if status in (400, 401, 403) and b"expired" in _explanation(answer).lower():
+        return PermanentError("link_expired", f"{said}: it has expired.", service="result")
+    if status in (401, 403):
+        return TransientError("link_forbidden", f"{said}: it needs a permission that it has not got.", service="result")
+    if status in (404, 410):
+        return TransientError("link_not_found", f"{said}: there is no file.", service="result")
+    return TransientError("link_refused", f"{said}.", service="result")
+
+
+def _explanation(answer: Stream) -> bytes:
+    read = b""
+    for piece in answer.pieces(decode=False):
+        read += piece
+        if len(read) >= EXPLANATION_BYTES:
+            break
+    return read[:EXPLANATION_BYTES]
+
+
+def _read(answer: Stream, into: Content) -> None:
+    length = answer.headers.get("Content-Length")
+    # An encoding that was not asked for is how a few bytes become many; a picture does not get smaller by it.
+    if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise PermanentError("result_compressed", "The worker's link answers compressed.", service="result")
+    if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+        raise PermanentError("result_bad_length", "The worker's link announces no valid length.", service="result")
+    if length is not None and int(length) > MAX_BYTES:
+        raise too_large()
+    for piece in answer.pieces(decode=False):
+        into.write(piece)
+
+
+def _broken_off(error: IndeterminateError, into: Content) -> TransientError:
+    if error.code == "result_timeout" and into.size:
+        return TransientError(
+            "result_too_slow", f"Only {into.size} bytes of the result had come in time.", service="result"
+        )
+    return TransientError(error.code, error.sentence, service="result")

@@ -14,7 +14,7 @@ and off that road:
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -78,6 +78,7 @@ FINAL = frozenset(State) - {state for sources, _ in TRANSITIONS.values() for sta
 
 DEFAULT_MODEL = "qwen-image"
 
+MAX_WARNINGS = 10  # in the timeline
 MAX_ERROR_CHARS = 2_000  # of error_message; a worker's traceback would fill the list that a page loads
 
 
@@ -143,6 +144,12 @@ class Job:
         return State.SUBMIT if self.status == Status.QUEUED else State.SUBMITTING
 
     @property
+    def files(self) -> list[dict[str, Any]]:
+        """The files of the result that are in R2: key, url, content_type, bytes, sha256, width, height."""
+        files: list[dict[str, Any]] = json.loads(self.outputs) if self.outputs else []
+        return files
+
+    @property
     def payload(self) -> dict[str, Any]:
         """The `input` object that RunPod gets: the caller's own as it was given, or the default one."""
         if self.input is not None:
@@ -187,14 +194,16 @@ def payload_from(given: Mapping[str, Any], prompt: str) -> dict[str, Any]:
     return {**given, "prompt": prompt}
 
 
-def result_key(job: Job, ending: str) -> str:
+def result_stem(job: Job, number: int) -> str:
     """
-    The R2 key of a job's first file: a function of the row alone, so that every repeat of an upload hits the same one.
+    The R2 key of one file of a job's result, but for its ending.
 
+    A function of the row and the file's place in the answer alone, so that every repeat of an upload hits the same one.
     An attempt after the first has a folder of its own, so that a late upload cannot overwrite a newer picture.
     """
     folder = job.id if job.attempt <= 1 else f"{job.id}/{job.attempt}"
-    return f"jobs/{job.created_at[0:4]}/{job.created_at[5:7]}/{folder}/output.{ending}"
+    name = "output" if number == 1 else f"output-{number}"
+    return f"jobs/{job.created_at[0:4]}/{job.created_at[5:7]}/{folder}/{name}"
 
 
 def _move(
@@ -308,13 +317,16 @@ def rerun(job: Job, error: ServiceError, *, runpod: Mapping[str, Any], now: date
     )
 
 
-def fail(job: Job, error: ServiceError, *, now: datetime, runpod: Mapping[str, Any] | None = None) -> Change:
-    """Nothing is left to try."""
+def fail(
+    job: Job, error: ServiceError, *, now: datetime, runpod: Mapping[str, Any] | None = None, output: str = ""
+) -> Change:
+    """Nothing is left to try; `output` is an excerpt of what the worker returned."""
     return _move(
         job,
         "fail",
         event="failed",
         error=error,
+        detail={"output": output} if output else None,
         now=now,
         error_code=error.code,
         error_message=error.sentence[:MAX_ERROR_CHARS],
@@ -325,6 +337,13 @@ def fail(job: Job, error: ServiceError, *, now: datetime, runpod: Mapping[str, A
 def confirm_cancel(job: Job, *, runpod: Mapping[str, Any], now: datetime) -> Change:
     """RunPod has stopped the run that a user cancelled."""
     return _move(job, "confirm_cancel", event="cancelled", now=now, **runpod)
+
+
+def keep(job: Job, files: list[dict[str, Any]]) -> Job:
+    """The job with what of its result is in R2 by now; where that is more than before, its failures are forgotten."""
+    if len(files) <= len(job.files):
+        return job
+    return replace(job, outputs=json.dumps(files, ensure_ascii=False), failures=0)
 
 
 def hold(job: Job, error: ServiceError, *, now: datetime, rng: Random) -> Change:
@@ -359,18 +378,23 @@ def bury(job: Job, error: ServiceError, *, now: datetime) -> Change:
     )
 
 
-def finish(job: Job, outputs: list[dict[str, Any]], *, now: datetime) -> Change:
-    """Every file of the result is in R2."""
-    first = outputs[0]
+def finish(job: Job, *, problems: Iterable[ServiceError] = (), now: datetime) -> Change:
+    """Every file of the result is in R2, but for those that never will be because of the problems."""
+    first = job.files[0]
+    warnings = [{"code": error.code, "reason": error.sentence[:MAX_ERROR_CHARS]} for error in problems]
     return _move(
         job,
         "finish",
         event="done",
-        detail={"key": first["key"], "bytes": first["bytes"]},
+        detail={
+            "key": first["key"],
+            "bytes": first["bytes"],
+            "files": len(job.files),
+            **({"warnings": warnings[:MAX_WARNINGS]} if warnings else {}),
+        },
         now=now,
         result_r2_key=first["key"],
         result_url=first["url"],
-        outputs=json.dumps(outputs, ensure_ascii=False),
         error_code=None,
         error_message=None,
         failures=0,

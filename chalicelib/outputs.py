@@ -1,102 +1,309 @@
-"""What a worker's answer contains: the picture in it, inline or as a link."""
+"""
+What a worker's answer contains: the files in it, inline or as links, or what is there instead of them.
+
+Workers agree on nothing, so the whole answer is walked, and a value is believed for what it is rather than for the name
+it goes by. Names decide only what is looked at first, and what is never looked at because it may be a picture that the
+worker was given.
+"""
 
 import base64
 import binascii
+import itertools
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import filetype
-
+from chalicelib import media
 from chalicelib.errors import PermanentError
 
-MAX_DEPTH = 8
+# Bounds on an answer, which may be anything.
+MAX_DEPTH = 16
+MAX_VALUES = 20_000  # looked at
+MAX_FILES = 64
+MAX_LINK_CHARS = 8_000
+MAX_REASON_CHARS = 500
+EXCERPT_DEPTH = 4
+EXCERPT_PARTS = 10  # of a list or an object
 
-# Where workers put their picture, in the order in which they are believed; `parameters` and `input` are never looked
-# at, because some workers send the pictures they were given back in there.
-KEYS = (
-    "images",
-    "image",
-    "image_base64",
-    "image_url",
-    "data_url",
-    "data",
-    "base64",
-    "url",
-    "output",
-    "result",
-    "message",
+PIECE_CHARS = 1_000_000  # of base64 decoded at once; a multiple of four
+SNIFF_CHARS = 4 * 2_000
+LEAST_BYTES = 32  # the smallest GIF has 35; a word may look like base64 of something
+
+# Words of which the names of results are made, in the answers of the workers that there are.
+RESULT_WORDS = frozenset(
+    "image images img picture pictures photo photos video videos audio audios gif gifs animation media frame frames "
+    "file files artifact artifacts sample samples generation generations result results output outputs data base64 "
+    "b64 content url urls uri link links src".split()
 )
+# Names whose values are the worker's input, told back.
+INPUT_NAMES = re.compile(r"(inputs?|init|param|params|parameters|prompt|workflow|webhook|request|info)([^a-z]|$)")
+# Names of files that are there beside the result.
+SIDE_WORDS = frozenset("mask control source reference original thumbnail preview".split())
 
-DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,")
+# Possessive, so that a text made for it cannot make these go over it again and again.
+BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]*+(?:=\s*+){0,2}+")
+LINK = re.compile(r"https?://\S++", re.IGNORECASE)
+OTHER_SCHEME = re.compile(r"(?!data:)[a-z][a-z0-9+.-]++:/", re.IGNORECASE)
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif", ".mp4", ".webm", ".mov", ".mkv", ".mp3", ".wav", ".flac")
+WORKERS_DISK = ("/", "./", "simulated_uploaded/", "local_upload/")  # the last two are what RunPod's SDK says there
+FAILED = ("error", "failed", "failure")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that came in the answer itself."""
+class Inline:
+    """A file that came in the answer itself, as base64 from `start` on."""
 
-    content: bytes
+    text: str = field(repr=False)
+    start: int = 0
+
+    def pieces(self) -> Iterator[bytes]:
+        """The file, decoded piece by piece. Raises PermanentError `base64_invalid`."""
+        rest = ""
+        for at in range(self.start, len(self.text), PIECE_CHARS):
+            letters = rest + _letters(self.text[at : at + PIECE_CHARS])
+            whole = len(letters) - len(letters) % 4
+            rest = letters[whole:]
+            yield _decode(letters[:whole])
+        yield _decode(rest)
 
 
 @dataclass(frozen=True)
 class Link:
-    """A picture that lies where the answer points to."""
+    """A file that lies where the answer points to."""
 
     url: str
 
 
 @dataclass(frozen=True)
-class FileType:
-    """What a file's first bytes say it is."""
+class Findings:
+    """What an answer contains: its files in the worker's order, and what is wrong beside them."""
 
-    ending: str
-    content_type: str
-
-
-def find(output: Any) -> Picture | Link:
-    """The first picture in the answer. Raises PermanentError `no_output` where there is none."""
-    found = _find(output, MAX_DEPTH)
-    if found is None:
-        raise PermanentError("no_output", "RunPod's worker finished but returned no picture.", service="runpod")
-    return found
+    files: tuple[Inline | Link, ...]
+    problems: tuple[PermanentError, ...] = ()
 
 
-def identify(content: bytes) -> FileType:
-    """The type by magic bytes. Raises PermanentError `unknown_type` where they are none of a picture or video."""
-    kind = filetype.guess(content[:8192])
-    if kind is None or kind.mime.partition("/")[0] not in ("image", "video"):
-        raise PermanentError(
-            "unknown_type", "RunPod's worker returned a file that is no picture or video.", service="runpod"
-        )
-    return FileType(kind.extension, kind.mime)
+def read(output: Any) -> Findings:
+    """
+    The files in an answer.
+
+    Raises PermanentError where there are none: `worker_failed` with the worker's own words if it gave any, else what is
+    wrong with what it gave (`base64_invalid`, `unknown_type`, `link_scheme`, `local_path`), else `no_output`.
+    """
+    output = _parsed(output)
+    for everything in (False, True):
+        search = _Search(everything=everything)
+        search.walk(output, "output")
+        if search.files:
+            return Findings(tuple(search.files), tuple(search.problems))
+    raise search.problems[0] if search.problems else _nothing(output)
 
 
-def _find(value: Any, depth: int) -> Picture | Link | None:
-    if depth == 0:
-        return None
-    if isinstance(value, str):
-        return _read_text(value)
-    if isinstance(value, dict):
-        parts = [value[key] for key in KEYS if key in value]
-    else:
-        parts = value if isinstance(value, list) else []
-    for part in parts:
-        if found := _find(part, depth - 1):
-            return found
-    return None
-
-
-def _read_text(text: str) -> Picture | Link | None:
-    if text.startswith(("https://", "http://")):
-        return Link(text)
-    prefix = DATA_URL.match(text[:200])
-    content = _decode(text[prefix.end() :] if prefix else text)
-    return Picture(content) if content and filetype.guess(content[:8192]) else None
-
-
-def _decode(text: str) -> bytes | None:
-    compact = "".join(text.split())
+def excerpt(output: Any) -> str:
+    """The answer as people may read it: long texts, which are files, cut; "" where there is nothing to read."""
+    if output in (None, "", [], {}):
+        return ""
     try:
-        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-    except (binascii.Error, ValueError):
+        text = json.dumps(_abridged(output, EXCERPT_DEPTH), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return ""
+    return text[:MAX_REASON_CHARS].encode("utf-8", "replace").decode()
+
+
+class _Search:
+    """One walk over an answer: through what is named like a result, or through everything but the worker's input."""
+
+    def __init__(self, *, everything: bool) -> None:
+        self.files: list[Inline | Link] = []
+        self.problems: list[PermanentError] = []
+        self._everything = everything
+        self._values_left = MAX_VALUES
+
+    def walk(self, value: Any, name: str, depth: int = MAX_DEPTH) -> None:
+        """Look at a value and at all that is in it."""
+        self._values_left -= 1
+        if depth == 0 or self._values_left < 0:
+            return
+        if isinstance(value, str):
+            self._add(self._read_text(value, name))
+        elif isinstance(value, dict):
+            self._walk_object(value, depth)
+        elif isinstance(value, list):
+            for part in value[: self._values_left]:
+                self.walk(part, name, depth - 1)
+
+    def _walk_object(self, entry: dict[str, Any], depth: int) -> None:
+        if reason := _reported_error(entry):
+            self._trouble("worker_failed", f"RunPod's worker reported an error: {reason}", first=True)
+        names = [name for name in itertools.islice(entry, self._values_left) if self._is_looked_at(name)]
+        files = self._files_of(entry, names)
+        for name in names:
+            if name in files:
+                self._add(files[name])
+            elif not isinstance(entry[name], str):
+                self.walk(entry[name], name, depth - 1)
+
+    def _files_of(self, entry: dict[str, Any], names: list[str]) -> dict[str, Inline | Link]:
+        """The files that stand in an object itself, by name."""
+        known = len(self.problems)
+        read = {name: self._read_text(entry[name], name) for name in names if isinstance(entry[name], str)}
+        files = {name: file for name, file in read.items() if file}
+        if files:  # the name it had on the worker's disk is no second file
+            self.problems[known:] = [error for error in self.problems[known:] if error.code != "local_path"]
+        # An inline file and a link in one object are the same file twice; the link may even lead nowhere from here.
+        inline = {_sort_of(name) for name, file in files.items() if isinstance(file, Inline)}
+        return {name: file for name, file in files.items() if not (isinstance(file, Link) and _sort_of(name) in inline)}
+
+    def _is_looked_at(self, name: str) -> bool:
+        if INPUT_NAMES.match(_words(name)):
+            return False
+        words = set(_words(name).split("_"))
+        return self._everything or bool(words & RESULT_WORDS and not words & SIDE_WORDS)
+
+    def _add(self, file: Inline | Link | None) -> None:
+        if file is None or any(_same(file, known) for known in self.files):
+            return
+        if len(self.files) < MAX_FILES:
+            self.files.append(file)
+        elif len(self.files) == MAX_FILES:
+            self._trouble("too_many_files", f"The result has more than {MAX_FILES} files; the rest was left out.")
+
+    def _read_text(self, text: str, name: str) -> Inline | Link | None:
+        self._values_left -= 1
+        if len(text) <= MAX_LINK_CHARS and LINK.fullmatch(text.strip()):
+            return Link(text.strip()) if self._is_followed(text.strip(), name) else None
+        start = _start_of_data(text)
+        head = _head(text, start)
+        kind = media.sniff(head) if len(head) >= LEAST_BYTES else None
+        if kind and _is_base64(text, start):
+            return Inline(text, start)
+        if kind or (start and not head):
+            self._trouble("base64_invalid", "RunPod's worker returned a file whose base64 is damaged.")
+        elif start or (len(text) > SNIFF_CHARS and _is_base64(text, start)):
+            self._trouble("unknown_type", "RunPod's worker returned a file that is no image, video or audio.")
+        else:
+            self._read_place(text.strip())
         return None
+
+    def _is_followed(self, url: str, name: str) -> bool:
+        # Under any name at all a link may be to a manual or to a model.
+        return not self._everything or name == "message" or url.lower().partition("?")[0].endswith(ENDINGS)
+
+    def _read_place(self, text: str) -> None:
+        """A place that only the worker can reach."""
+        if len(text) > MAX_LINK_CHARS:
+            return
+        if OTHER_SCHEME.match(text):
+            self._trouble("link_scheme", f"RunPod's worker gave an address that is not http(s): {text[:100]}")
+        elif text.startswith("FAILED"):
+            self._trouble("worker_failed", f"RunPod's worker reported an error: {_short(text)}", first=True)
+        elif len(text.split()) == 1 and (text.startswith(WORKERS_DISK) or text.lower().endswith(ENDINGS)):
+            self._trouble(
+                "local_path",
+                f"RunPod's worker returned a path on its own disk ({text[:100]}); have it return the file, or give it "
+                "a bucket.",
+            )
+
+    def _trouble(self, code: str, sentence: str, *, first: bool = False) -> None:
+        if len(self.problems) < MAX_FILES and all(known.sentence != sentence for known in self.problems):
+            self.problems.insert(0 if first else len(self.problems), _error(code, sentence))
+
+
+def _error(code: str, sentence: str) -> PermanentError:
+    # JSON may hold half a character, which nothing that has to be written down may.
+    return PermanentError(code, sentence.encode("utf-8", "replace").decode(), service="runpod")
+
+
+def _nothing(output: Any) -> PermanentError:
+    if output in (None, "", [], {}):
+        return _error(
+            "no_output",
+            "RunPod's worker finished but returned nothing; RunPod drops results that are too large like this.",
+        )
+    return _error("no_output", "RunPod's worker finished but returned no file.")
+
+
+def _parsed(output: Any) -> Any:
+    """Some workers return their object as JSON in a text."""
+    if isinstance(output, str) and output[:1] in "{[":
+        try:
+            return json.loads(output)
+        except (ValueError, RecursionError):
+            return output
+    return output
+
+
+def _abridged(value: Any, depth: int) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= 200 else f"{value[:60]}… ({len(value)} characters)"
+    if not isinstance(value, (dict, list)):
+        return value
+    if depth == 0:
+        return "…"
+    if isinstance(value, dict):
+        return {name: _abridged(value[name], depth - 1) for name in itertools.islice(value, EXCERPT_PARTS)}
+    return [_abridged(part, depth - 1) for part in value[:EXCERPT_PARTS]]
+
+
+def _reported_error(entry: dict[str, Any]) -> str:
+    """The worker's words where it says that something failed, "" where it does not."""
+    status = entry.get("status")
+    failed = entry.get("success") is False or (isinstance(status, str) and status.lower() in FAILED)
+    for name in ("error", "errors", "error_message"):
+        if entry.get(name):
+            return _short(entry[name])
+    return (_short(entry.get("message") or entry.get("detail")) or "it gave no reason") if failed else ""
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else excerpt(value) if value else ""
+    return text[:MAX_REASON_CHARS]
+
+
+def _words(name: str) -> str:
+    """imageUrl, image-url and IMAGE_URL are image_url."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z0-9]+", "_", name[:100])
+    return spaced.strip("_").lower()
+
+
+def _sort_of(name: str) -> str:
+    words = _words(name)
+    return next((sort for sort in ("video", "audio") if sort in words), "image")
+
+
+def _same(one: Inline | Link, other: Inline | Link) -> bool:
+    if isinstance(one, Inline) and isinstance(other, Inline):
+        return len(one.text) - one.start == len(other.text) - other.start and (
+            one.text[one.start :] == other.text[other.start :]
+        )
+    return one == other
+
+
+def _start_of_data(text: str) -> int:
+    """Where the base64 of a data URL begins; 0 where it is none."""
+    head, comma, _ = text[:200].lstrip().lower().partition(",")
+    return text.index(",") + 1 if comma and head.startswith("data:") and head.endswith(";base64") else 0
+
+
+def _is_base64(text: str, start: int) -> bool:
+    return BASE64.fullmatch(text, start) is not None
+
+
+def _head(text: str, start: int) -> bytes:
+    """What the beginning of the text decodes to, as far as it does."""
+    found = BASE64.match(text[start : start + SNIFF_CHARS])
+    letters = _letters(found[0]) if found else ""
+    return _decode(letters[: len(letters) - len(letters) % 4])
+
+
+def _letters(text: str) -> str:
+    """Base64 without what may be missing: line breaks and the padding at the end; its other alphabet is made one."""
+    return "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+
+
+def _decode(letters: str) -> bytes:
+    try:
+        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _error("base64_invalid", "RunPod's worker returned a file whose base64 is damaged.") from error

@@ -151,6 +151,7 @@ SELECT
   id, status, step, version, attempt, failures, due_at, intent_version, runpod_job_id, endpoint_id, model,
   CASE WHEN step = 'submitting' THEN prompt END AS prompt,
   CASE WHEN step = 'submitting' THEN input END AS input,
+  CASE WHEN step = 'store' THEN outputs END AS outputs,
   created_at, updated_at, submitted_at, completed_at, cancel_at, runpod_status, queue_ms, execution_ms
 FROM jobs
 WHERE claimer = :nonce AND status IN ('queued', 'running') AND (step IN ('poll', 'store') OR (step = 'submitting' AND intent_version = version))

@@ -1,60 +1,171 @@
 """Cloudflare R2 through its S3 endpoint, with what boto3 must be told for it."""
 
 import base64
+import contextlib
 import hashlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
+from chalicelib.content import SMALL_BYTES, Content
 from chalicelib.errors import PermanentError, ServiceError, TransientError
+from chalicelib.runtime import Deadline
 
 CACHE_CONTROL = "public, max-age=31536000, immutable"
 CONNECT_TIMEOUT = 2  # seconds
 READ_TIMEOUT = 5  # seconds of silence
+CALL_SECONDS = CONNECT_TIMEOUT + READ_TIMEOUT  # that a call may last which R2 does not answer
+PIECE_BYTES = 65_536
+
+# A file over SMALL_BYTES goes up in parts, which R2 wants equal but for the last, and of 5 MiB at least. Only one such
+# file is under way at a time, so that one part is all the memory this takes.
+PART_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Stored:
-    """An object as R2 has confirmed it."""
+class Source:
+    """An object of the bucket, as it was when it was read."""
 
-    bytes: int
-    sha256: str
+    key: str
+    etag: str
 
 
 class R2:
     """One bucket. boto3 is imported and the client made on first use: most invocations store nothing."""
 
-    def __init__(self, *, endpoint_url: str, bucket: str, access_key_id: str, secret_access_key: str) -> None:
+    def __init__(
+        self, *, endpoint_url: str, bucket: str, access_key_id: str, secret_access_key: str, public_base_url: str
+    ) -> None:
         self._endpoint_url = endpoint_url
         self._bucket = bucket
         self._access_key_id = access_key_id
         self._secret_access_key = secret_access_key
+        self._public_base_url = public_base_url
         self._client: Any = None
         self._making = threading.Lock()
 
-    def put(self, key: str, content: bytes, *, content_type: str) -> Stored:
+    def put(self, key: str, content: Content, *, content_type: str, deadline: Deadline) -> None:
         """
-        Store the object; R2 itself compares it with the checksum. A repeat overwrites it with the same.
+        Store the object, in parts where it is large; a repeat overwrites it with the same.
 
-        One try, of at most 7 s of silence. Raises TransientError or PermanentError.
+        It is there as it was sent when this returns: R2 has compared what arrived with our checksums, and has told its
+        size and checksum. One try; no call is begun that could last beyond the deadline. Raises TransientError or
+        PermanentError.
         """
+        headers = {"ContentType": content_type, "CacheControl": CACHE_CONTROL}
+        put = self._put_parts if content.size > SMALL_BYTES else self._put_whole
+        etag = put(key, content, headers, deadline)
+        self._confirm(key, content.size, {etag}, deadline)
+
+    def copy(self, source: Source, key: str, content: Content, *, content_type: str, deadline: Deadline) -> None:
+        """
+        Store the object whose bytes `content` has, by having R2 copy it from another key; confirmed as in put().
+
+        Raises TransientError where the source is no longer what was read, and as put() does.
+        """
+        self._call(
+            "copy_object",
+            deadline,
+            Key=key,
+            CopySource={"Bucket": self._bucket, "Key": source.key},
+            CopySourceIfMatch=source.etag,
+            MetadataDirective="REPLACE",
+            ContentType=content_type,
+            CacheControl=CACHE_CONTROL,
+        )
+        # Whether the copy of an object made of parts keeps its ETag is not documented.
+        self._confirm(key, content.size, {content.md5.hex(), source.etag.strip('"')}, deadline)
+
+    @contextlib.contextmanager
+    def read(self, key: str, *, deadline: Deadline) -> Iterator[tuple[Source, Iterator[bytes]]]:
+        """An object and its bytes as they come. Raises TransientError or PermanentError, also while it is read."""
+        from botocore.exceptions import BotoCoreError
+
+        answer = self._call("get_object", deadline, Key=key)
+        try:
+            with contextlib.closing(answer["Body"]) as body:
+                yield Source(key, answer["ETag"]), body.iter_chunks(PIECE_BYTES)
+        except BotoCoreError as error:
+            raise _no_answer() from error
+
+    def public_url(self, key: str) -> str | None:
+        """Where anybody may read the object for ever; None where the bucket is private."""
+        return f"{self._public_base_url}/{key}" if self._public_base_url else None
+
+    def presign(self, key: str, *, seconds: int) -> str:
+        """An address at which anybody may read the object for that long; made here, R2 is not asked."""
+        url: str = self._s3().generate_presigned_url(
+            "get_object", Params={"Bucket": self._bucket, "Key": key}, ExpiresIn=seconds
+        )
+        return url
+
+    def key_of(self, url: str) -> str | None:
+        """The key of the object that a link points to, if it lies in this bucket."""
+        link = url.partition("?")[0].partition("#")[0]
+        host = urlsplit(self._endpoint_url).netloc
+        scheme = self._endpoint_url.partition("://")[0]
+        bases = [f"{self._endpoint_url}/{self._bucket}/", f"{scheme}://{self._bucket}.{host}/"]
+        if self._public_base_url:
+            bases.append(f"{self._public_base_url}/")
+        return next((unquote(link[len(base) :]) for base in bases if link.startswith(base)), None) or None
+
+    def _put_whole(self, key: str, content: Content, headers: dict[str, str], deadline: Deadline) -> str:
+        content.file.seek(0)
+        self._call(
+            "put_object",
+            deadline,
+            Key=key,
+            Body=content.file,
+            ContentLength=content.size,
+            ChecksumSHA256=base64.b64encode(content.sha256).decode(),
+            **headers,
+        )
+        return content.md5.hex()
+
+    def _put_parts(self, key: str, content: Content, headers: dict[str, str], deadline: Deadline) -> str:
+        begun = self._call("create_multipart_upload", deadline, Key=key, **headers)
+        upload = {"Key": key, "UploadId": begun["UploadId"]}
+        try:
+            parts, digests = self._upload_parts(upload, content, deadline)
+            self._call("complete_multipart_upload", deadline, **upload, MultipartUpload={"Parts": parts})
+        except ServiceError:
+            with contextlib.suppress(ServiceError):  # else R2 itself throws the parts away after seven days
+                self._call("abort_multipart_upload", deadline, **upload)
+            raise
+        return f"{_md5(b''.join(digests)).hex()}-{len(digests)}"
+
+    def _upload_parts(
+        self, upload: dict[str, str], content: Content, deadline: Deadline
+    ) -> tuple[list[dict[str, Any]], list[bytes]]:
+        parts, digests = [], []
+        content.file.seek(0)
+        while part := content.file.read(PART_BYTES):
+            digests.append(_md5(part))
+            checksum = base64.b64encode(digests[-1]).decode()
+            number = len(digests)
+            answer = self._call("upload_part", deadline, **upload, PartNumber=number, Body=part, ContentMD5=checksum)
+            parts.append({"PartNumber": number, "ETag": answer["ETag"]})
+        return parts, digests
+
+    def _confirm(self, key: str, size: int, etags: set[str], deadline: Deadline) -> None:
+        """Have R2 tell what it holds. Its ETag is the MD5, or for parts that of their MD5s with their number."""
+        found = self._call("head_object", deadline, Key=key)
+        if found["ContentLength"] != size or found["ETag"].strip('"') not in etags:
+            raise TransientError("r2_mismatch", "R2 holds another object than the one that was sent.", service="r2")
+
+    def _call(self, operation: str, deadline: Deadline, **params: Any) -> Any:
         from botocore.exceptions import BotoCoreError, ClientError
 
-        digest = hashlib.sha256(content)
+        if deadline.left() < CALL_SECONDS:
+            raise TransientError("r2_too_slow", "The time was over before R2 had the file.", service="r2")
         try:
-            self._s3().put_object(
-                Bucket=self._bucket,
-                Key=key,
-                Body=content,
-                ContentType=content_type,
-                CacheControl=CACHE_CONTROL,
-                ChecksumSHA256=base64.b64encode(digest.digest()).decode(),
-            )
+            return getattr(self._s3(), operation)(Bucket=self._bucket, **params)
         except ClientError as error:
             raise _failure(error.response) from error
         except BotoCoreError as error:
-            raise TransientError("r2_unreachable", "R2 did not answer.", service="r2") from error
-        return Stored(len(content), digest.hexdigest())
+            raise _no_answer() from error
 
     def _s3(self) -> Any:
         with self._making:  # boto3's default session is not made for several threads at once
@@ -94,13 +205,27 @@ def _drop_expect(request: Any, **_: Any) -> None:
     request.headers.pop("Expect", None)
 
 
+def _md5(content: bytes) -> bytes:
+    return hashlib.md5(content, usedforsecurity=False).digest()
+
+
+def _no_answer() -> TransientError:
+    return TransientError("r2_unreachable", "R2 did not answer.", service="r2")
+
+
 def _failure(response: dict[str, Any]) -> ServiceError:
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     code = response.get("Error", {}).get("Code", "")
+    if code == "NoSuchKey":
+        return TransientError(
+            "link_not_found", "The worker's link names an object that is not in R2.", service="result"
+        )
+    if code in ("404", "PreconditionFailed", "NoSuchUpload"):  # "404" is what a HEAD has, without a body
+        return TransientError("r2_missing", f"What was to be read in R2 is not there now ({code}).", service="r2")
     if status in (401, 403, 404):
         return PermanentError(
             "r2_refused",
             f"R2 refused the key or does not know the bucket ({code}); check the R2 settings.",
             service="r2",
         )
-    return TransientError("r2_failed", f"R2 did not store the object ({code or status}).", service="r2")
+    return TransientError("r2_failed", f"R2 did not do what it was asked ({code or status}).", service="r2")

@@ -16,7 +16,7 @@ from chalicelib.jobs import FINAL, Change, Job, State, to_text
 from chalicelib.runpod import Answer
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saved, Saver
-from chalicelib.steps import PUT_RESERVE, Steps
+from chalicelib.steps import STORE_RESERVE, Steps
 from chalicelib.store import Limits, Store, new_nonce
 
 SAVE_EVERY = 1.0  # seconds between saves while work goes on; Cloudflare allows four calls a second for everything
@@ -26,7 +26,7 @@ LEASE_MARGIN = 5.5  # seconds that a lease outlives its deadline, which is half 
 # Seconds that must be left to begin a step; what is not begun is given back, or is due again by itself.
 SUBMIT_BUDGET = 12.0
 POLL_BUDGET = 4.0
-STORE_BUDGET = PUT_RESERVE + 0.5
+STORE_BUDGET = STORE_RESERVE + 0.5
 
 SUBMITS_PER_ROUND = 200
 

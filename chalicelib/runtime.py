@@ -35,6 +35,10 @@ class Deadline:
         """Seconds until then; negative afterwards."""
         return self._end - self._clock.monotonic()
 
+    def less(self, seconds: float) -> "Deadline":
+        """The instant that long before."""
+        return Deadline(self._clock, self.left() - seconds)
+
     def cap(self, seconds: float, *, reserve: float = 0.0) -> float:
         """That many seconds, or fewer where the deadline less the reserve comes first; never under a tenth of one."""
         return max(0.1, min(seconds, self.left() - reserve))

@@ -22,6 +22,10 @@ def _url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _url_or_empty(value: str) -> str:
+    return value and _url(value)
+
+
 def _name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", value):
         raise ValueError("made of letters, digits, dots, dashes and underscores")
@@ -83,10 +87,13 @@ class Settings:
     r2_bucket: str = _setting("Bucket for the pictures", _name, default="ob-ai-results")
     r2_access_key_id: str = _setting("Access key of an R2 token that may write the bucket")
     r2_secret_access_key: str = _setting("Its secret")
-    r2_endpoint_url: str = _setting(
-        "R2's S3 endpoint; empty: made from the account id", lambda value: value and _url(value), default=""
+    r2_endpoint_url: str = _setting("R2's S3 endpoint; empty: made from the account id", _url_or_empty, default="")
+    r2_public_base_url: str = _setting(
+        "Where the bucket is public; result_url is this and the key. Empty: the bucket is private, and every answer "
+        "has links made for it that hold for an hour",
+        _url_or_empty,
+        default="",
     )
-    r2_public_base_url: str = _setting("Where the bucket is public; result_url is this and the key", _url)
     api_key_hashes: frozenset[str] = _setting(
         "Comma-separated SHA-256 hashes of the accepted API keys; empty: every request is refused", _hashes, default=""
     )

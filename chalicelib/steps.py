@@ -5,19 +5,17 @@ from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
-from chalicelib import jobs, outputs, r2
+from chalicelib import jobs, outputs, results
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
-from chalicelib.fetch import Fetch
 from chalicelib.jobs import Change, Job
-from chalicelib.r2 import R2
+from chalicelib.results import Results
 from chalicelib.runpod import Answer, Runpod, Verdict
 from chalicelib.runtime import Clock, Deadline
 
 RUN_TIMEOUT = 10.0  # seconds for /run
 STATUS_TIMEOUT = 8.0  # seconds for /status, whose answer may carry 20 MB
-DOWNLOAD_TIMEOUT = 15.0  # seconds for a link
 SAVE_RESERVE = 2.0  # seconds of every deadline kept for the save
-PUT_RESERVE = SAVE_RESERVE + r2.CONNECT_TIMEOUT + r2.READ_TIMEOUT  # what must be left when the put begins
+STORE_RESERVE = SAVE_RESERVE + results.PUT_RESERVE  # what must be left when a put begins
 
 NOT_INDEXED_YET = timedelta(seconds=150)  # RunPod may not find a run that is younger than this
 LAST_TRY = timedelta(minutes=27, seconds=30)  # RunPod forgets after 30 minutes; one more wait may take two of them
@@ -28,12 +26,10 @@ class Steps:
     """The three steps and the clouds they ask."""
 
     runpod: Runpod
-    fetch: Fetch
-    bucket: R2
+    results: Results
     clock: Clock
     rng: Random
     default_endpoint_id: str
-    public_base_url: str
     max_attempts: int
 
     def submit(self, job: Job, deadline: Deadline) -> Change:
@@ -61,16 +57,28 @@ class Steps:
     def store(self, job: Job, answer: Answer | None, deadline: Deadline) -> Change:
         """Put the finished result into R2; without the answer of the poll RunPod is asked again."""
         try:
-            return self._store(job, answer or self._ask_for_result(job, deadline), deadline)
+            answer = answer or self._ask_for_result(job, deadline)
         except ServiceError as error:
             return self.not_stored(job, error)
+        try:
+            found = outputs.read(answer.output)
+        except PermanentError as error:
+            return jobs.fail(job, error, output=outputs.excerpt(answer.output), now=self.clock.now())
+        try:
+            kept = self.results.keep(job, found, deadline.less(SAVE_RESERVE), age=self._age_of_result(job))
+        except ServiceError as error:
+            return self.not_stored(job, error)
+        job = jobs.keep(job, kept.files)
+        if kept.error:
+            return self.not_stored(job, kept.error)
+        return jobs.finish(job, problems=kept.problems, now=self.clock.now())
 
     def not_stored(self, job: Job, error: ServiceError) -> Change:
         """The change for a result that could not be stored: later again, given up, or nothing to store at all."""
         now = self.clock.now()
         if isinstance(error, PermanentError) and error.service != "r2":
             return jobs.fail(job, error, now=now)
-        if _age(job.completed_at or job.updated_at, now) > LAST_TRY:
+        if self._age_of_result(job) > LAST_TRY:
             return jobs.bury(job, error, now=now)
         return jobs.hold(job, error, now=now, rng=self.rng)
 
@@ -92,9 +100,8 @@ class Steps:
                     job, lease_until=jobs.to_text(now + timedelta(seconds=lease)), runpod=seen, now=now
                 )
             case Verdict.FAILED:
-                return jobs.fail(
-                    job, _said("worker_failed", "RunPod's worker failed", answer.error), runpod=seen, now=now
-                )
+                error = _said("worker_failed", "RunPod's worker failed", answer.error)
+                return jobs.fail(job, error, runpod=seen, output=outputs.excerpt(answer.output), now=now)
             case Verdict.CANCELLED if job.cancel_at:
                 return jobs.confirm_cancel(job, runpod=seen, now=now)
             case Verdict.CANCELLED:
@@ -120,8 +127,11 @@ class Steps:
             return jobs.rerun(job, error, runpod=seen, now=now)
         return jobs.fail(job, error, runpod=seen, now=now)
 
+    def _age_of_result(self, job: Job) -> timedelta:
+        return _age(job.completed_at or job.updated_at, self.clock.now())
+
     def _ask_for_result(self, job: Job, deadline: Deadline) -> Answer:
-        answer = self._ask(job, deadline, reserve=PUT_RESERVE)
+        answer = self._ask(job, deadline, reserve=STORE_RESERVE)
         if answer.verdict is Verdict.NOT_FOUND:
             # It was there; a single 404 is no proof that it is gone, and trying again costs nothing.
             raise TransientError("result_lost", "RunPod no longer finds the result, which is not yet stored.")
@@ -130,24 +140,6 @@ class Steps:
                 "runpod_bad_answer", f"RunPod says {answer.status} of a run that it had completed.", service="runpod"
             )
         return answer
-
-    def _store(self, job: Job, answer: Answer, deadline: Deadline) -> Change:
-        found = outputs.find(answer.output)
-        if isinstance(found, outputs.Link):
-            content = self.fetch.download(found.url, timeout=deadline.cap(DOWNLOAD_TIMEOUT, reserve=PUT_RESERVE))
-        else:
-            content = found.content
-        kind = outputs.identify(content)
-        key = jobs.result_key(job, kind.ending)
-        stored = self.bucket.put(key, content, content_type=kind.content_type)
-        output = {
-            "key": key,
-            "url": f"{self.public_base_url}/{key}",
-            "content_type": kind.content_type,
-            "bytes": stored.bytes,
-            "sha256": stored.sha256,
-        }
-        return jobs.finish(job, [output], now=self.clock.now())
 
 
 def _age(text: str, now: datetime) -> timedelta:

@@ -2,17 +2,26 @@
 
 import contextlib
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import ClosedPoolError, ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError
+from urllib3.exceptions import (
+    ClosedPoolError,
+    ConnectTimeoutError,
+    HTTPError,
+    NewConnectionError,
+    ReadTimeoutError,
+    SSLError,
+)
 
 from chalicelib.errors import IndeterminateError, TransientError
 from chalicelib.runtime import Clock
@@ -25,19 +34,51 @@ MAX_RETRY_AFTER = 900.0  # seconds; Cloudflare's lock-out is 300, and a nonsensi
 NAMES = {"d1": "D1", "runpod": "RunPod", "result": "The host of the worker's link"}  # in sentences
 
 
+# The addresses of a host and port that may be connected to; raises ServiceError where none may.
+Resolve = Callable[[str, int], list[str]]
+
+
 @dataclass(frozen=True)
-class Reply:
-    """What a server answered, whatever its status; the header names are case-insensitive."""
+class Head:
+    """How an answer begins, whatever its status; the header names are case-insensitive."""
 
     status: int
     headers: Mapping[str, str]
-    body: bytes
 
     @property
     def retry_after(self) -> float | None:
         """Seconds from Retry-After; its other form, a date, is not used by the services we talk to."""
         value = self.headers.get("Retry-After", "").strip()
         return min(float(value), MAX_RETRY_AFTER) if value.isascii() and value.isdigit() else None
+
+
+@dataclass(frozen=True)
+class Reply(Head):
+    """A whole answer."""
+
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Stream(Head):
+    """An answer whose body is still to be read."""
+
+    service: str
+    _response: requests.Response
+    _watch: "_Watch"
+
+    def pieces(self, *, decode: bool = True) -> Iterator[bytes]:
+        """
+        The body as it comes; a Content-Encoding is undone only where `decode` says so.
+
+        Raises IndeterminateError: over the time of the exchange, or cut off.
+        """
+        try:
+            yield from self._response.raw.stream(CHUNK_BYTES, decode_content=decode)
+        except (requests.exceptions.RequestException, HTTPError, OSError) as error:
+            raise (_too_slow(self.service) if self._watch.cut else _failure(self.service, error)) from error
+        if self._watch.cut or not _has_an_end(self._response):
+            raise _too_slow(self.service) if self._watch.cut else _cut_off(self.service)
 
 
 class _Watch:
@@ -68,35 +109,61 @@ class _Watch:
 
 
 class _Current(threading.local):
+    """What the connections of this thread's exchange must do, which requests would not pass on to them."""
+
     watch: _Watch | None = None
+    resolve: Resolve | None = None
 
 
 _current = _Current()
 
 
-class _WatchedHTTP(HTTPConnection):
+class _HTTP(HTTPConnection):
     def request(self, *args: Any, **kwargs: Any) -> None:
         super().request(*args, **kwargs)
-        _watch(self)
+        if _current.watch is not None and self.sock is not None:
+            _current.watch.over(self.sock)
+
+    @property
+    def is_connected(self) -> bool:
+        # Where addresses are looked at, a kept connection would be one that was not looked at for this exchange.
+        return super().is_connected and _current.resolve is None
+
+    def _new_conn(self) -> socket.socket:
+        """Connect to an address that was looked at, not to a name, which may mean another one a moment later."""
+        if _current.resolve is None:
+            return super()._new_conn()
+        name = self._dns_host
+        addresses = _current.resolve(self.host, self.port)
+        try:
+            return self._connect_to_one(addresses)
+        finally:
+            self._dns_host = name  # TLS asks for its certificate
+
+    def _connect_to_one(self, addresses: list[str]) -> socket.socket:
+        for address in addresses[:-1]:
+            self._dns_host = address
+            with contextlib.suppress(HTTPError):
+                return super()._new_conn()
+        self._dns_host = addresses[-1]
+        return super()._new_conn()
 
 
-class _WatchedHTTPS(HTTPSConnection):
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        super().request(*args, **kwargs)
-        _watch(self)
-
-
-def _watch(connection: HTTPConnection) -> None:
-    if _current.watch is not None and connection.sock is not None:
-        _current.watch.over(connection.sock)
+class _HTTPS(_HTTP, HTTPSConnection):
+    pass
 
 
 class _HTTPPool(HTTPConnectionPool):
-    ConnectionCls = _WatchedHTTP
+    ConnectionCls = _HTTP
 
 
 class _HTTPSPool(HTTPSConnectionPool):
-    ConnectionCls = _WatchedHTTPS
+    ConnectionCls = _HTTPS
+
+
+class _Session(requests.Session):
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        return None  # else requests reads the body of a redirect, however long, even if it is not to follow it
 
 
 class _Adapter(HTTPAdapter):
@@ -106,15 +173,17 @@ class _Adapter(HTTPAdapter):
 
 
 class Wire:
-    """A session that several threads and clients may share."""
+    """A session that several threads and clients may share; with `resolve` it connects only to what that returns."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, *, resolve: Resolve | None = None) -> None:
         self._clock = clock
+        self._resolve = resolve
         self._used_at = clock.now()
         self._idle_check = threading.Lock()
-        self._session = requests.Session()
+        self._session = _Session()
         # Neither ~/.netrc, which would replace our Authorization header, nor proxies from the environment.
         self._session.trust_env = False
+        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         for scheme in ("https://", "http://"):
             self._session.mount(scheme, _Adapter(pool_maxsize=POOL_SIZE, max_retries=0))
 
@@ -135,10 +204,43 @@ class Wire:
         Raises TransientError where nothing was sent (no address, refused, no connection in time) and IndeterminateError
         for all else: over `timeout` seconds in all, cut off, or an answer over `max_bytes`.
         """
+        with self.open(service, method, url, headers=headers, body=body, timeout=timeout) as answer:
+            return Reply(answer.status, answer.headers, _whole(answer, max_bytes))
+
+    @contextlib.contextmanager
+    def open(
+        self,
+        service: str,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        timeout: float,
+    ) -> Iterator[Stream]:
+        """As exchange(), but the body is read by the caller, within the same `timeout`."""
         self._drop_idle_connections()
         watch = _current.watch = _Watch(timeout)
+        _current.resolve = self._resolve
         try:
-            with self._session.request(
+            with self._send(service, method, url, headers, body, timeout, watch) as response:
+                yield Stream(response.status_code, response.headers, service, response, watch)
+        finally:
+            watch.stop()
+            _current.watch = _current.resolve = None
+
+    def _send(
+        self,
+        service: str,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        timeout: float,
+        watch: _Watch,
+    ) -> requests.Response:
+        try:
+            return self._session.request(
                 method,
                 url,
                 headers=headers,
@@ -146,20 +248,13 @@ class Wire:
                 allow_redirects=False,
                 stream=True,
                 timeout=(min(CONNECT_TIMEOUT, timeout), timeout),
-            ) as response:
-                content = self._read(service, response, max_bytes)
-                if watch.cut or not _has_an_end(response):
-                    raise _too_slow(service) if watch.cut else _cut_off(service)
-                return Reply(response.status_code, response.headers, content)
+            )
         except requests.exceptions.InvalidURL as error:
             raise TransientError(
                 f"{service}_unreachable", f"{NAMES[service]} has no valid address; check its base URL.", service=service
             ) from error
         except (requests.exceptions.RequestException, HTTPError, OSError) as error:
             raise (_too_slow(service) if watch.cut else _failure(service, error)) from error
-        finally:
-            watch.stop()
-            _current.watch = None
 
     def _drop_idle_connections(self) -> None:
         # A frozen Lambda wakes with connections whose far end is long gone; the first POST on one of them would fail in
@@ -171,17 +266,18 @@ class Wire:
                 self._session.close()
             self._used_at = now
 
-    def _read(self, service: str, response: requests.Response, max_bytes: int) -> bytes:
-        content = bytearray()
-        for chunk in response.raw.stream(CHUNK_BYTES, decode_content=True):
-            content += chunk
-            if len(content) > max_bytes:
-                raise IndeterminateError(
-                    f"{service}_answer_too_large",
-                    f"{NAMES[service]} answered with more than {max_bytes} bytes.",
-                    service=service,
-                )
-        return bytes(content)
+
+def _whole(answer: Stream, max_bytes: int) -> bytes:
+    content = bytearray()
+    for piece in answer.pieces():
+        content += piece
+        if len(content) > max_bytes:
+            raise IndeterminateError(
+                f"{answer.service}_answer_too_large",
+                f"{NAMES[answer.service]} answered with more than {max_bytes} bytes.",
+                service=answer.service,
+            )
+    return bytes(content)
 
 
 def _too_slow(service: str) -> IndeterminateError:
@@ -212,6 +308,12 @@ def _failure(service: str, error: Exception) -> TransientError | IndeterminateEr
     ):
         return TransientError(
             f"{service}_unreachable", f"{NAMES[service]} could not be reached; nothing was sent.", service=service
+        )
+    if isinstance(cause, SSLError) and isinstance(cause.args[0], ssl.SSLCertVerificationError):
+        return TransientError(
+            f"{service}_bad_certificate",
+            f"{NAMES[service]} has no valid certificate for its name; nothing was sent.",
+            service=service,
         )
     if isinstance(error, (requests.exceptions.Timeout, ReadTimeoutError)):
         return _too_slow(service)

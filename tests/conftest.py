@@ -18,8 +18,10 @@ from moto import mock_aws
 
 from chalicelib import bootstrap, jobs, settings
 from chalicelib.bootstrap import Service
+from chalicelib.content import Content
 from chalicelib.d1 import D1
 from chalicelib.jobs import Job, State
+from chalicelib.r2 import R2
 from chalicelib.runtime import Clock, Deadline
 from chalicelib.store import Limits
 from chalicelib.wire import Wire
@@ -132,6 +134,13 @@ class Bench:
         return [entry["Key"] for entry in self.s3.list_objects_v2(Bucket=BUCKET).get("Contents", [])]
 
 
+def put(bucket: R2, key: str, data: bytes, *, seconds: float = 60.0) -> None:
+    """Store the bytes as a PNG."""
+    with Content(patience=1.0) as content:
+        content.write(data)
+        bucket.put(key, content, content_type="image/png", deadline=Deadline(Clock(), seconds))
+
+
 @pytest.fixture(autouse=True)
 def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(settings, "ENV_FILE", tmp_path / "no.env")
@@ -191,6 +200,14 @@ def _s3_client() -> Iterator[Any]:
         yield boto3.client("s3", region_name="us-east-1", aws_access_key_id="local", aws_secret_access_key="local")
 
 
+@pytest.fixture(scope="session")
+def _r2_client(_s3_client: Any) -> Any:
+    """The client that the service makes for itself; made once, because that takes longer than most tests."""
+    return R2(
+        endpoint_url=R2_ENDPOINT, bucket=BUCKET, access_key_id="key", secret_access_key="secret", public_base_url=""
+    )._connect()
+
+
 @pytest.fixture
 def s3(_s3_client: Any) -> Iterator[Any]:
     """S3 by moto, with the empty bucket; R2's endpoint leads there."""
@@ -220,7 +237,17 @@ def d1(empty_d1: D1) -> D1:
 
 
 @pytest.fixture
-def bench(d1: D1, environment: dict[str, str], cloud: LocalCloud, clock: FakeClock, faults: Faults, s3: Any) -> Bench:
+def bench(
+    d1: D1,
+    environment: dict[str, str],
+    cloud: LocalCloud,
+    clock: FakeClock,
+    faults: Faults,
+    s3: Any,
+    _r2_client: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Bench:
+    monkeypatch.setattr(R2, "_connect", lambda self: _r2_client)
     return Bench(bootstrap.build(settings.load(environment), clock), cloud, clock, faults, s3)
 
 

@@ -12,6 +12,7 @@ from chalicelib.r2 import R2
 from chalicelib.runpod import Runpod, Verdict
 from chalicelib.runtime import Clock
 from chalicelib.wire import Wire
+from tests.conftest import put
 from tools.cloud.render import draw
 
 PNG = draw("a cat")
@@ -111,12 +112,13 @@ def bucket(settings, **other):
         "bucket": settings["R2_BUCKET"],
         "access_key_id": settings["R2_ACCESS_KEY_ID"],
         "secret_access_key": settings["R2_SECRET_ACCESS_KEY"],
+        "public_base_url": settings["R2_PUBLIC_BASE_URL"],
     }
     return R2(**{**given, **other})
 
 
 def test_r2_keeps_what_is_put_and_the_public_address_serves_it(settings):
-    bucket(settings).put("jobs/2026/01/é x/output.png", PNG, content_type="image/png")
+    put(bucket(settings), "jobs/2026/01/é x/output.png", PNG)
 
     found = requests.get(f"{settings['R2_PUBLIC_BASE_URL']}/jobs/2026/01/é x/output.png", timeout=10)
     assert found.content == PNG
@@ -129,9 +131,9 @@ def test_r2_does_not_wait_for_a_continue_that_never_comes(settings):
     import time
 
     target = bucket(settings)
-    target.put("warm", PNG, content_type="image/png")
+    put(target, "warm", PNG)
     start = time.perf_counter()
-    target.put("k", PNG, content_type="image/png")
+    put(target, "k", PNG)
 
     assert time.perf_counter() - start < 0.9
 
@@ -141,7 +143,7 @@ def test_r2_does_not_wait_for_a_continue_that_never_comes(settings):
 )
 def test_r2_knows_its_own(settings, other):
     with pytest.raises(PermanentError):
-        bucket(settings, **other).put("k", PNG, content_type="image/png")
+        put(bucket(settings, **other), "k", PNG)
 
 
 def test_r2_refuses_the_checksum_trailers_that_boto3_sends_by_default(settings, s3):

@@ -14,7 +14,7 @@ from chalice.test import Client
 import app
 from chalicelib import bootstrap
 from chalicelib.errors import REQUEST_STATUS
-from tests.conftest import KEY, Bench
+from tests.conftest import BUCKET, KEY, R2_ENDPOINT, Bench
 from tools import schedule
 
 JSON = {"Content-Type": "application/json"}
@@ -128,6 +128,67 @@ def test_status_is_flat(client, bench, path):
     assert body["result_url"] == f"http://cloud.test:8001/cdn/jobs/2026/01/{job_id}/output.png"
     assert (body["prompt"], body["model"], body["attempt"]) == ("a cat", "qwen-image", 1)
     assert body["outputs"][0]["content_type"] == "image/png"
+    assert body["urls_expire_at"] is None
+
+
+@pytest.fixture
+def private(client, environment, monkeypatch):
+    """The service with a bucket that has no public address."""
+    monkeypatch.setenv("R2_PUBLIC_BASE_URL", "")
+    bootstrap.service.cache_clear()
+
+
+def test_a_private_bucket_has_links_made_for_each_answer_and_says_until_when(private, client, cloud, clock, faults, s3):
+    bench = Bench(bootstrap.service(), cloud, clock, faults, s3)
+    job_id = bench.create("a cat")
+    bench.clock.advance(15)
+    updated = call(client, "POST", "/dev/runpod-poll")[1]["updated"]
+
+    answers = [
+        call(client, "GET", f"/api/jobs/{job_id}")[1]["job"],
+        call(client, "GET", f"/api/queue/status?id={job_id}")[1],
+        call(client, "GET", "/api/jobs")[1]["jobs"][0],
+    ]
+
+    for view in answers:
+        assert view["result_url"].startswith(f"{R2_ENDPOINT}/{BUCKET}/jobs/2026/01/{job_id}/output.png?X-Amz-")
+        assert view["outputs"][0]["url"].startswith(f"{R2_ENDPOINT}/{BUCKET}/jobs/2026/01/{job_id}/output.png?X-Amz-")
+        assert "X-Amz-Expires=3600" in view["result_url"]
+        assert view["urls_expire_at"] == "2026-02-01T00:59:15.000Z"
+    assert updated[0]["result_url"].startswith(R2_ENDPOINT)
+    (row,) = rows(cloud)
+    assert (row["result_url"], json.loads(row["outputs"])[0]["url"]) == (None, None)
+    assert "X-Amz" not in json.dumps(cloud.d1.execute("SELECT * FROM job_events"))
+
+
+def test_a_job_that_is_not_done_has_no_link_that_expires(private, client, cloud, clock, faults, s3):
+    job_id = Bench(bootstrap.service(), cloud, clock, faults, s3).create("a cat")
+
+    view = call(client, "GET", f"/api/jobs/{job_id}")[1]["job"]
+
+    assert (view["result_url"], view["outputs"], view["urls_expire_at"]) == (None, [], None)
+
+
+def test_a_link_that_was_stored_lasts_though_the_bucket_is_private_now(private, client, cloud):
+    cloud.d1.execute(
+        "INSERT INTO jobs (id, status, result_r2_key, result_url, created_at) "
+        "VALUES ('old', 'done', 'jobs/2025/01/old/output.png', 'https://cdn.example/old.png', '2025-01-01')"
+    )
+
+    view = call(client, "GET", "/api/jobs/old")[1]["job"]
+
+    assert (view["result_url"], view["urls_expire_at"]) == ("https://cdn.example/old.png", None)
+
+
+def test_what_was_stored_in_a_private_bucket_has_its_lasting_link_once_it_is_public(client, bench, cloud):
+    job_id = bench.create("a cat")
+    bench.round()
+    cloud.d1.execute("UPDATE jobs SET result_url = NULL, outputs = json_set(outputs, '$[0].url', NULL)")
+
+    view = call(client, "GET", f"/api/jobs/{job_id}")[1]["job"]
+
+    assert view["result_url"] == f"http://cloud.test:8001/cdn/jobs/2026/01/{job_id}/output.png"
+    assert (view["outputs"][0]["url"], view["urls_expire_at"]) == (view["result_url"], None)
 
 
 def test_status_decodes_the_id_in_the_path(client, bench):

@@ -20,7 +20,7 @@ VERBS = {
     "complete": lambda job: jobs.complete(job, lease_until="2026-03-01T12:01:00.000Z", runpod=RUNPOD, now=NOW),
     "rerun": lambda job: jobs.rerun(job, WHY, runpod=RUNPOD, now=NOW),
     "hold": lambda job: jobs.hold(job, WHY, now=NOW, rng=Random(1)),
-    "finish": lambda job: jobs.finish(job, [{"key": "k", "url": "u", "bytes": 3}], now=NOW),
+    "finish": lambda job: jobs.finish(job, now=NOW),
     "fail": lambda job: jobs.fail(job, WHY, now=NOW),
     "bury": lambda job: jobs.bury(job, WHY, now=NOW),
     "confirm_cancel": lambda job: jobs.confirm_cancel(job, runpod=RUNPOD, now=NOW),
@@ -36,7 +36,7 @@ def test_every_move_has_a_verb_or_is_made_in_sql():
 @pytest.mark.parametrize("state", list(State))
 def test_a_verb_moves_a_job_only_as_the_table_says(verb, state, job_factory):
     sources, target = TRANSITIONS[verb]
-    job = job_factory(state)
+    job = job_factory(state, outputs=json.dumps([{"key": "k", "url": "u", "bytes": 3}]))
 
     if state not in sources:
         with pytest.raises(IllegalTransition):
@@ -57,7 +57,11 @@ def test_final_states_are_those_that_nothing_leaves():
 
 
 def test_only_acceptance_is_a_fact_that_no_version_guards(job_factory):
-    accepted = {verb: make(job_factory(next(iter(TRANSITIONS[verb][0])))).accepted for verb, make in VERBS.items()}
+    outputs = json.dumps([{"key": "k", "url": "u", "bytes": 3}])
+    accepted = {
+        verb: make(job_factory(next(iter(TRANSITIONS[verb][0])), outputs=outputs)).accepted
+        for verb, make in VERBS.items()
+    }
 
     assert {verb for verb, fact in accepted.items() if fact} == {"accept"}
 
@@ -120,15 +124,27 @@ def test_a_row_of_the_earlier_version_stands_where_it_looks(columns, state):
 
 
 @pytest.mark.parametrize(
-    ("attempt", "ending", "key"),
+    ("attempt", "number", "stem"),
     [
-        (0, "png", "jobs/2026/01/job-1/output.png"),
-        (1, "png", "jobs/2026/01/job-1/output.png"),
-        (2, "webp", "jobs/2026/01/job-1/2/output.webp"),
+        (0, 1, "jobs/2026/01/job-1/output"),
+        (1, 1, "jobs/2026/01/job-1/output"),
+        (1, 2, "jobs/2026/01/job-1/output-2"),
+        (2, 1, "jobs/2026/01/job-1/2/output"),
+        (2, 3, "jobs/2026/01/job-1/2/output-3"),
     ],
 )
-def test_the_key_is_a_function_of_the_row(attempt, ending, key, job_factory):
-    assert jobs.result_key(job_factory(attempt=attempt), ending) == key
+def test_the_key_is_a_function_of_the_row_and_the_place_in_the_answer(attempt, number, stem, job_factory):
+    assert jobs.result_stem(job_factory(attempt=attempt), number) == stem
+
+
+def test_a_store_that_comes_further_forgets_its_failures(job_factory):
+    job = job_factory(State.STORE, failures=3)
+
+    further = jobs.keep(job, [{"key": "k"}])
+
+    assert (further.failures, further.files) == (0, [{"key": "k"}])
+    assert jobs.keep(further, [{"key": "k"}]) is further
+    assert jobs.keep(job, []) is job
 
 
 def test_the_default_payload_is_prompt_model_and_job_id():

@@ -11,10 +11,11 @@ SERVICE = ROOT / "chalicelib"
 # From the ground up; a module may import only from those in lines above its own.
 LAYERS = [
     {"errors"},
-    {"retry", "runtime", "settings"},
-    {"wire", "auth", "jobs"},
+    {"retry", "runtime", "settings", "video", "content"},
+    {"wire", "auth", "jobs", "media"},
     {"d1", "runpod", "fetch", "r2", "outputs", "log"},
-    {"store", "steps"},
+    {"store", "results"},
+    {"steps"},
     {"saver"},
     {"rounds"},
     {"pipeline"},
@@ -57,7 +58,7 @@ def test_a_module_imports_only_from_below(name):
 
 @pytest.mark.parametrize("name", sorted(CLIENTS))
 def test_a_client_knows_no_job(name):
-    assert not imports(modules()[name]) & {"jobs", "store", "pipeline", "outputs"}
+    assert not imports(modules()[name]) & {"jobs", "store", "pipeline", "outputs", "media", "results"}
 
 
 def test_only_bootstrap_knows_all_and_only_the_edge_knows_bootstrap():
@@ -99,6 +100,6 @@ def test_no_module_is_a_drawer():
 def test_lambda_gets_only_what_it_needs():
     shipped = [line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line]
 
-    assert shipped == ["filetype", "requests", "certifi", "charset-normalizer", "idna", "urllib3"]
+    assert shipped == ["filetype", "imagesize", "requests", "certifi", "charset-normalizer", "idna", "urllib3"]
     assert (ROOT / "requirements-dev.txt").read_text().startswith("-r requirements.txt\n")
     assert "requirements-dev.txt" in (ROOT / "requirements.txt").read_text().splitlines()[0]

@@ -1,78 +1,150 @@
 import base64
+import json
+import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chalicelib import outputs
 from chalicelib.errors import PermanentError
-from chalicelib.outputs import Link, Picture
-from tools.cloud.render import draw
+from chalicelib.outputs import Inline, Link
+from tests.shapes import A_PNG, HTML, PNG, PNG_2, ROWS, b64, data_url
 
-PNG = draw("a cat")
-TEXT = base64.b64encode(PNG).decode()
-DATA_URL = f"data:image/png;base64,{TEXT}"
-URL = "https://results.example/a.png"
+READ_ERRORS = {"no_output", "worker_failed", "base64_invalid", "unknown_type", "local_path", "link_scheme"}
+READ_ROWS = [row for row in ROWS if not row.is_told_by_a_link]
 
 
-@pytest.mark.parametrize(
-    ("output", "found"),
-    [
-        ({"images": [{"filename": "ComfyUI_00001_.png", "type": "base64", "data": TEXT}]}, Picture(PNG)),
-        ({"images": [{"filename": "x.png", "type": "s3_url", "data": URL}]}, Link(URL)),
-        ({"images": [DATA_URL], "image_url": DATA_URL, "seed": 42}, Picture(PNG)),
-        ({"message": TEXT, "status": "success"}, Picture(PNG)),
-        ({"message": "Image generated successfully", "image": TEXT}, Picture(PNG)),
-        ({"image_url": URL, "cost": 0.02}, Link(URL)),
-        ([{"image": URL, "seed": 2}], Link(URL)),
-        ([URL], Link(URL)),
-        (TEXT, Picture(PNG)),
-        (DATA_URL, Picture(PNG)),
-        (URL, Link(URL)),
-        (TEXT[:60] + "\n" + TEXT[60:].rstrip("="), Picture(PNG)),
-    ],
-)
-def test_the_first_picture_is_found(output, found):
-    assert outputs.find(output) == found
+def contents(files):
+    return [file.url if isinstance(file, Link) else b"".join(file.pieces()) for file in files]
 
 
-NESTED = "x"
+def read(output):
+    """What is found, or the error."""
+    try:
+        return outputs.read(output)
+    except PermanentError as error:
+        return error
+
+
+@pytest.mark.parametrize("row", [row for row in READ_ROWS if row.files], ids=lambda row: row.name)
+def test_the_files_of_an_answer_are_found_in_order(row):
+    found = outputs.read(row.output)
+
+    assert contents(found.files) == row.files
+    assert [error.code for error in found.problems] == row.warnings
+
+
+@pytest.mark.parametrize("row", [row for row in READ_ROWS if row.error], ids=lambda row: row.name)
+def test_an_answer_without_a_file_is_an_error_that_says_why(row):
+    with pytest.raises(PermanentError) as caught:
+        outputs.read(row.output)
+
+    assert caught.value.code == row.error
+    assert len(caught.value.sentence) < 700
+
+
+def test_the_workers_own_words_are_in_the_sentence():
+    with pytest.raises(PermanentError, match="jobId is not a valid input option"):
+        outputs.read({"errors": ["Unexpected input. jobId is not a valid input option."]})
+
+
+def test_a_picture_under_a_result_name_hides_those_under_any_other():
+    assert contents(outputs.read({"debug": b64(PNG_2), "images": [b64(PNG)]}).files) == [PNG]
+
+
+def test_base64_is_decoded_in_pieces(monkeypatch):
+    monkeypatch.setattr(outputs, "PIECE_CHARS", 40)
+    text = "\n".join(b64(PNG)[i : i + 7] for i in range(0, len(b64(PNG)), 7))
+
+    pieces = list(Inline("data:image/png;base64," + text, start=22).pieces())
+
+    assert b"".join(pieces) == PNG
+    assert max(len(piece) for piece in pieces) <= 30
+
+
+def test_base64_that_ends_in_the_middle_of_a_byte_is_an_error():
+    with pytest.raises(PermanentError) as caught:
+        list(Inline(b64(PNG).rstrip("=")[:41]).pieces())
+
+    assert caught.value.code == "base64_invalid"
+
+
+def test_more_files_than_a_job_may_have_are_left_out_and_said_so():
+    found = outputs.read([f"https://results.example/{number}.png" for number in range(100)])
+
+    assert len(found.files) == outputs.MAX_FILES
+    assert [error.code for error in found.problems] == ["too_many_files"]
+
+
+def test_an_excerpt_is_short_and_without_files():
+    text = outputs.excerpt({"images": [data_url(HTML)], "note": "x", "list": list(range(10_000))})
+
+    assert len(text) <= 500
+    assert json.dumps("x") in text
+    assert b64(HTML)[:200] not in text
+
+
+nested = "x"
 for _ in range(10_000):
-    NESTED = [NESTED]
+    nested = [nested]
 
 
 @pytest.mark.parametrize(
     "output",
     [
-        None, {}, [], "", "done", 7, True, {"images": []}, {"message": "the image does not exist"}, {"data": 3},
-        {"parameters": {"image": TEXT}}, {"input": {"image": TEXT}}, {"image": "/tmp/out.png"},
-        {"image": "aGVsbG8="}, {"image": "data:image/png;base64,###"}, {"image": "file:///etc/passwd"}, NESTED,
+        nested,
+        {"image": " " * 10_000_000 + "!"},
+        {"image": "A" * 10_000_000 + "!"},
+        {"image": "=" * 10_000_000},
+        ["data:" + "a" * 190] * 20_000,
+        {"docs": ["https://results.example/" + "a" * 7_000] * 4_000},
+        [[0] * 20_000] * 400,
+        [{"errors": [{"errors": [["x"] * 50] * 50}] * 50}] * 1_000,
+        {str(number): {"status": "error"} for number in range(100_000)},
+        [data_url(PNG)[:-10] + str(number).zfill(10) for number in range(5_000)],
     ],
-)  # fmt: skip
-def test_no_picture_is_an_error_that_says_so(output):
-    with pytest.raises(PermanentError) as caught:
-        outputs.find(output)
-
-    assert caught.value.code == "no_output"
-
-
-@pytest.mark.parametrize(
-    ("head", "ending", "content_type"),
-    [
-        (PNG, "png", "image/png"),
-        (b"\xff\xd8\xff\xe0" + b"\0" * 300, "jpg", "image/jpeg"),
-        (b"RIFF\x10\0\0\0WEBPVP8 " + b"\0" * 300, "webp", "image/webp"),
-        (b"GIF89a" + b"\0" * 300, "gif", "image/gif"),
-        (b"\0\0\0\x20ftypisom\0\0\x02\0isomiso2mp41" + b"\0" * 300, "mp4", "video/mp4"),
-    ],
+    ids=["deep", "spaces", "letters", "padding", "data", "links", "lists", "errors", "wide", "alike"],
 )
-def test_the_type_is_told_by_the_first_bytes(head, ending, content_type):
-    kind = outputs.identify(head)
+def test_an_answer_made_to_take_long_does_not(output):
+    start = time.process_time()
+    read(output)
+    outputs.excerpt(output)
 
-    assert (kind.ending, kind.content_type) == (ending, content_type)
+    assert time.process_time() - start < 4.0
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"<!DOCTYPE html><html>", b"%PDF-1.7", b"PK\x03\x04zip"])
-def test_what_is_no_picture_is_refused(content):
-    with pytest.raises(PermanentError) as caught:
-        outputs.identify(content)
+names = (
+    st.sampled_from(["images", "image", "data", "message", "url", "error", "errors", "status", "input", "x"])
+    | st.text()
+)
+texts = st.text() | st.sampled_from(
+    [b64(PNG), data_url(PNG), A_PNG, b64(PNG)[:50], "data:image/png;base64,", "FAILED", "/tmp/a.png", "file:///x", "//"]
+) | st.binary().map(lambda content: base64.b64encode(content).decode())  # fmt: skip
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
+    lambda inside: st.lists(inside) | st.dictionaries(names, inside),
+    max_leaves=30,
+)
 
-    assert caught.value.code == "unknown_type"
+
+@settings(max_examples=400, deadline=None)
+@given(values)
+def test_no_answer_breaks_the_reader(output):
+    outputs.excerpt(output).encode()
+    found = read(output)
+
+    if isinstance(found, PermanentError):
+        assert found.code in READ_ERRORS
+        assert 0 < len(found.sentence.encode()) < 2_000
+    else:
+        assert 0 < len(found.files) <= outputs.MAX_FILES
+        assert all(decoded(file) for file in found.files)
+
+
+def decoded(file):
+    """The file, or the only error that decoding it may raise."""
+    try:
+        return contents([file])
+    except PermanentError as error:
+        return error.code == "base64_invalid"

@@ -5,7 +5,7 @@ import threading
 import pytest
 import requests
 
-from chalicelib import bootstrap, jobs, outputs, settings
+from chalicelib import bootstrap, jobs, media, settings
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.jobs import State
 from chalicelib.store import Limits
@@ -71,6 +71,8 @@ def test_a_finished_job_has_its_picture_in_r2(bench):
             "content_type": "image/png",
             "bytes": len(picture),
             "sha256": hashlib.sha256(picture).hexdigest(),
+            "width": 512,
+            "height": 512,
         }
     ]
     assert (job.queue_ms, job.execution_ms) == (1000, 3000)
@@ -361,7 +363,7 @@ def test_a_crash_in_one_job_stops_no_other(bench, monkeypatch):
 
 def test_a_crash_while_storing_is_tried_again_and_ends_as_a_dead_letter(bench, monkeypatch):
     job_id = bench.create()
-    monkeypatch.setattr(outputs, "identify", lambda content: 1 / 0)
+    monkeypatch.setattr(media, "identify", lambda content: 1 / 0)
 
     bench.round()
     assert bench.job(job_id).state is State.STORE
@@ -400,13 +402,13 @@ def test_a_result_that_runpod_has_forgotten_is_a_dead_letter(bench):
 def test_completion_is_saved_before_anything_is_put(bench, monkeypatch):
     job_id = bench.create()
     seen = []
-    put = type(bench.service.pipeline.steps.bucket).put
+    put = type(bench.service.bucket).put
 
     def spy(self, *args, **options):
         seen.append(bench.cloud.d1.execute("SELECT step, due_at > '' AS leased FROM jobs WHERE id = ?", job_id))
         return put(self, *args, **options)
 
-    monkeypatch.setattr(type(bench.service.pipeline.steps.bucket), "put", spy)
+    monkeypatch.setattr(type(bench.service.bucket), "put", spy)
     bench.round()
 
     assert seen == [[{"step": "store", "leased": 1}]]
@@ -659,13 +661,13 @@ def test_stores_that_a_flush_began_are_saved_though_the_claim_fails(bench, monke
 def test_the_lease_outlives_the_deadline(bench, monkeypatch):
     job_id = bench.create()
     leases = []
-    put = type(bench.service.pipeline.steps.bucket).put
+    put = type(bench.service.bucket).put
 
     def spy(self, *args, **options):
         leases.append(jobs.from_text(bench.job(job_id).due_at) - bench.clock.now())
         return put(self, *args, **options)
 
-    monkeypatch.setattr(type(bench.service.pipeline.steps.bucket), "put", spy)
+    monkeypatch.setattr(type(bench.service.bucket), "put", spy)
     bench.s3.delete_bucket(Bucket=BUCKET)
     bench.round(seconds=40.0)  # leased by the save of `completed`, then put off by R2
     bench.s3.create_bucket(Bucket=BUCKET)

@@ -1,17 +1,41 @@
 import base64
+import dataclasses
 import hashlib
+import time
 
 import pytest
+import requests
 from botocore.exceptions import EndpointConnectionError
 
+from chalicelib import r2
+from chalicelib.content import SMALL_BYTES, Content
 from chalicelib.errors import PermanentError, TransientError
-from chalicelib.r2 import R2
-from tests.conftest import BUCKET, R2_ENDPOINT
+from chalicelib.r2 import PART_BYTES, R2
+from chalicelib.runtime import Deadline
+from tests.conftest import BUCKET, R2_ENDPOINT, put
+from tools.cloud import Answer
+
+LARGE = b"0123456789abcdef" * (SMALL_BYTES // 16) + b"and a little more"
 
 
 @pytest.fixture
 def bucket(s3):
-    return R2(endpoint_url=R2_ENDPOINT, bucket=BUCKET, access_key_id="key", secret_access_key="secret")
+    return R2(
+        endpoint_url=R2_ENDPOINT, bucket=BUCKET, access_key_id="key", secret_access_key="secret", public_base_url=""
+    )
+
+
+@pytest.fixture
+def served(cloud_server):
+    """The bucket of the local cloud, which keeps R2's rules, over a real socket."""
+    given = cloud_server.cloud.settings()
+    return R2(
+        endpoint_url=given["R2_ENDPOINT_URL"],
+        bucket=BUCKET,
+        access_key_id=given["R2_ACCESS_KEY_ID"],
+        secret_access_key=given["R2_SECRET_ACCESS_KEY"],
+        public_base_url=given["R2_PUBLIC_BASE_URL"],
+    )
 
 
 @pytest.fixture
@@ -42,9 +66,8 @@ def refusal(status, code):
 
 
 def test_put_stores_the_bytes_with_type_and_cache_control(bucket, s3):
-    stored = bucket.put("jobs/2026/01/x/output.png", b"picture", content_type="image/png")
+    put(bucket, "jobs/2026/01/x/output.png", b"picture")
 
-    assert (stored.bytes, stored.sha256) == (7, hashlib.sha256(b"picture").hexdigest())
     found = s3.get_object(Bucket=BUCKET, Key="jobs/2026/01/x/output.png")
     assert found["Body"].read() == b"picture"
     assert found["ContentType"] == "image/png"
@@ -52,17 +75,179 @@ def test_put_stores_the_bytes_with_type_and_cache_control(bucket, s3):
 
 
 def test_put_sends_only_what_r2_understands(bucket, sent):
-    bucket.put("k", b"picture", content_type="image/png")
+    put(bucket, "k", b"picture")
 
-    (request,) = sent[0]
+    request, head = sent[0]
     headers = {name.lower(): value for name, value in request.headers.items()}
     checksum = base64.b64encode(hashlib.sha256(b"picture").digest())
     assert _bytes(headers["x-amz-checksum-sha256"]) == checksum
+    assert _bytes(headers["content-length"]) == b"7"
     assert not {"expect", "x-amz-trailer", "transfer-encoding", "content-encoding", "x-amz-security-token"} & set(
         headers
     )
     assert b"/auto/s3/aws4_request" in _bytes(headers["authorization"])
     assert request.url == f"{R2_ENDPOINT}/{BUCKET}/k"
+    assert head.method == "HEAD"
+
+
+def test_a_large_file_goes_up_in_equal_parts_each_with_its_checksum(served, cloud_server, monkeypatch):
+    seen = []
+    handle = cloud_server.cloud.handle
+    monkeypatch.setattr(cloud_server.cloud, "handle", lambda request: seen.append(request) or handle(request))
+
+    put(served, "large.png", LARGE)
+
+    parts = [request for request in seen if "partNumber" in request.query]
+    assert [len(part.body) for part in parts] == [PART_BYTES, PART_BYTES, 17]
+    for part in parts:
+        assert part.headers["content-md5"] == base64.b64encode(hashlib.md5(part.body).digest()).decode()
+        assert not {"expect", "x-amz-trailer", "transfer-encoding", "content-encoding"} & set(part.headers)
+    assert [request.method for request in seen] == ["POST", "PUT", "PUT", "PUT", "POST", "HEAD"]
+    stored = cloud_server.cloud.r2.read("large.png")
+    assert stored.body == LARGE
+    assert (stored.headers["content-type"], stored.headers["cache-control"]) == ("image/png", r2.CACHE_CONTROL)
+
+
+@pytest.mark.parametrize("data", [b"picture", LARGE], ids=["whole", "parts"])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: b"X" + data[1:], lambda data: b""], ids=["cut", "altered", "empty"]
+)
+def test_what_arrived_damaged_is_never_taken_for_stored(served, cloud_server, monkeypatch, data, damage):
+    keep = cloud_server.cloud.r2._keep
+
+    def keep_damaged(key, content, headers, etag):
+        kept = damage(content)
+        return keep(key, kept, headers, f'"{hashlib.md5(kept).hexdigest()}"')
+
+    monkeypatch.setattr(cloud_server.cloud.r2, "_keep", keep_damaged)
+
+    with pytest.raises(TransientError) as caught:
+        put(served, "k", data)
+
+    assert caught.value.code == "r2_mismatch"
+
+
+@pytest.mark.parametrize("data", [b"picture", LARGE], ids=["whole", "parts"])
+def test_what_is_damaged_on_its_way_is_refused_by_r2(served, cloud_server, monkeypatch, data):
+    handle = cloud_server.cloud.handle
+
+    def damaged(request):
+        whole = request.method == "PUT" and "uploads" not in request.query
+        return handle(dataclasses.replace(request, body=b"X" + request.body[1:]) if whole else request)
+
+    monkeypatch.setattr(cloud_server.cloud, "handle", damaged)
+    monkeypatch.setattr(cloud_server.cloud.r2, "_refusal", lambda request: None)
+
+    with pytest.raises(TransientError, match="BadDigest"):
+        put(served, "k", data)
+
+    assert cloud_server.cloud.r2.read("k") is None
+
+
+def test_an_object_that_is_gone_after_the_put_is_not_stored(served, cloud_server, monkeypatch):
+    monkeypatch.setattr(cloud_server.cloud.r2, "read", lambda key, *, head=False: None)
+
+    with pytest.raises(TransientError) as caught:
+        put(served, "k", b"picture")
+
+    assert caught.value.code == "r2_missing"
+
+
+def test_an_upload_that_fails_leaves_no_parts_behind(served, cloud_server, monkeypatch):
+    handle = cloud_server.cloud.handle
+    broken = Answer(503, b"<Error><Code>ServiceUnavailable</Code></Error>")
+    monkeypatch.setattr(
+        cloud_server.cloud, "handle", lambda request: broken if "partNumber=2" in request.query else handle(request)
+    )
+
+    with pytest.raises(TransientError, match="ServiceUnavailable"):
+        put(served, "large.png", LARGE)
+
+    assert cloud_server.cloud.r2.read("large.png") is None
+    assert list(cloud_server.cloud.r2._uploads.iterdir()) == []
+
+
+@pytest.mark.parametrize("data", [b"picture", LARGE], ids=["whole", "parts"])
+def test_no_call_begins_that_could_last_beyond_the_deadline(bucket, sent, data):
+    with pytest.raises(TransientError) as caught:
+        put(bucket, "k", data, seconds=r2.CALL_SECONDS - 0.1)
+
+    assert caught.value.code == "r2_too_slow"
+    assert sent[0] == []
+
+
+@pytest.mark.parametrize("data", [b"picture", LARGE], ids=["whole", "parts"])
+def test_an_object_of_the_bucket_is_copied_there(served, cloud_server, clock, data):
+    put(served, "worker/a b.png", data)
+    deadline = Deadline(clock, 60.0)
+
+    with Content(patience=1.0) as content:
+        with served.read("worker/a b.png", deadline=deadline) as (source, pieces):
+            for piece in pieces:
+                content.write(piece)
+        served.copy(source, "jobs/output.jpg", content, content_type="image/jpeg", deadline=deadline)
+
+    copied = cloud_server.cloud.r2.read("jobs/output.jpg")
+    assert copied.body == data
+    assert copied.headers["content-type"] == "image/jpeg"
+    assert copied.headers["cache-control"] == r2.CACHE_CONTROL
+
+
+def test_an_object_that_has_changed_since_it_was_read_is_not_copied(served, cloud_server, clock):
+    put(served, "a.png", b"picture")
+    deadline = Deadline(clock, 60.0)
+
+    with Content(patience=1.0) as content:
+        with served.read("a.png", deadline=deadline) as (source, pieces):
+            content.write(b"".join(pieces))
+        put(served, "a.png", b"another")
+        with pytest.raises(TransientError) as caught:
+            served.copy(source, "b.png", content, content_type="image/png", deadline=deadline)
+
+    assert caught.value.code == "r2_missing"
+    assert cloud_server.cloud.r2.read("b.png") is None
+
+
+def test_an_object_that_is_not_there_is_a_link_to_nothing(bucket, clock):
+    with pytest.raises(TransientError) as caught, bucket.read("nothing", deadline=Deadline(clock, 60.0)):
+        pass
+
+    assert caught.value.code == "link_not_found"
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("{endpoint}/{bucket}/a/b.png", "a/b.png"),
+        ("{endpoint}/{bucket}/a%20b.png?X-Amz-Signature=abc", "a b.png"),
+        ("{public}/jobs/2026/output.png", "jobs/2026/output.png"),
+        ("{public}/a.png#top", "a.png"),
+        ("{endpoint}/{bucket}-2/a.png", None),
+        ("{endpoint}/{bucket}/", None),
+        ("https://elsewhere.example/{bucket}/a.png", None),
+        ("https://elsewhere.example/?u={endpoint}/{bucket}/a.png", None),
+    ],
+)
+def test_a_link_into_the_bucket_is_recognised(served, cloud_server, path, key):
+    given = cloud_server.cloud.settings()
+    url = path.format(endpoint=given["R2_ENDPOINT_URL"], public=given["R2_PUBLIC_BASE_URL"], bucket=BUCKET)
+
+    assert served.key_of(url) == key
+
+
+def test_a_link_with_the_bucket_in_the_host_is_recognised(bucket):
+    assert bucket.key_of(f"https://{BUCKET}.{R2_ENDPOINT.removeprefix('https://')}/a.png?X-Amz-Expires=9") == "a.png"
+
+
+def test_a_presigned_link_opens_the_object_until_it_expires(served, cloud_server, monkeypatch):
+    put(served, "a b.png", b"picture")
+    url = served.presign("a b.png", seconds=60)
+
+    assert requests.get(url, timeout=5).content == b"picture"
+    assert requests.get(url.partition("?")[0], timeout=5).status_code == 403
+    assert requests.get(url.replace("Expires=60", "Expires=600"), timeout=5).status_code == 403
+    monkeypatch.setattr(cloud_server.cloud.r2, "_clock", lambda: time.time() + 61)
+    assert "ExpiredRequest" in requests.get(url, timeout=5).text
 
 
 @pytest.mark.parametrize(
@@ -81,7 +266,7 @@ def test_each_refusal_says_what_to_do_next(bucket, sent, status, code, error):
     sent[1].append(refusal(status, code))
 
     with pytest.raises(error, match=code) as caught:
-        bucket.put("k", b"picture", content_type="image/png")
+        put(bucket, "k", b"picture")
 
     assert caught.value.service == "r2"
     assert len(sent[0]) == 1
@@ -94,6 +279,6 @@ def test_silence_is_transient(bucket, s3):
     bucket._s3().meta.events.register_last("before-send.s3", refuse)
 
     with pytest.raises(TransientError) as caught:
-        bucket.put("k", b"picture", content_type="image/png")
+        put(bucket, "k", b"picture")
 
     assert caught.value.code == "r2_unreachable"

@@ -13,7 +13,7 @@ def test_the_local_cloud_is_a_complete_set(environment):
     assert loaded.allow_anonymous is False
 
 
-@pytest.mark.parametrize("name", ["RUNPOD_API_KEY", "CLOUDFLARE_API_TOKEN", "D1_DATABASE_ID", "R2_PUBLIC_BASE_URL"])
+@pytest.mark.parametrize("name", ["RUNPOD_API_KEY", "CLOUDFLARE_API_TOKEN", "D1_DATABASE_ID", "R2_ACCESS_KEY_ID"])
 @pytest.mark.parametrize("value", [None, "", "  "])
 def test_a_missing_setting_is_named(environment, name, value):
     environment.pop(name)

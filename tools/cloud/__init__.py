@@ -74,7 +74,7 @@ class LocalCloud:
         self.calls: Counter[str] = Counter()
         self._count_lock = threading.Lock()
         self.d1 = D1(folder / "d1.sqlite", self.account)
-        self.r2 = R2(folder / "r2", self.account, host=base_url.partition("//")[2])
+        self.r2 = R2(folder / "r2", self.account, host=base_url.partition("//")[2], clock=clock)
         self.runpod = Runpod(folder / "runpod.sqlite", self.account, results_url=f"{base_url}/results", clock=clock)
         self._parts = {
             "/client/v4/": ("d1", self.d1.handle),

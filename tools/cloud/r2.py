@@ -6,11 +6,17 @@ import hmac
 import json
 import os
 import re
+import shutil
+import time
 import uuid
+from calendar import timegm
+from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
-from botocore.auth import S3SigV4Auth
+from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
@@ -19,6 +25,10 @@ from tools.cloud import Account, Answer, Request
 AUTHORIZATION = re.compile(
     r"AWS4-HMAC-SHA256 Credential=([^/]+)/\d{8}/auto/s3/aws4_request, ?SignedHeaders=([^,]+), ?Signature=([0-9a-f]{64})"
 )
+SIGNED_QUERY = re.compile(
+    r"(?P<given>.*X-Amz-Algorithm=AWS4-HMAC-SHA256.*)&X-Amz-Signature=(?P<signature>[0-9a-f]{64})"
+)
+SMALLEST_PART = 5 * 1024 * 1024
 REFUSED_HEADERS = ("x-amz-trailer", "x-amz-tagging", "x-amz-acl", "x-amz-sdk-checksum-algorithm")
 KEPT_HEADERS = ("content-type", "cache-control")
 
@@ -26,11 +36,13 @@ KEPT_HEADERS = ("content-type", "cache-control")
 class R2:
     """One bucket. An object is a file of its bytes and one of its headers, both there or neither."""
 
-    def __init__(self, folder: Path, account: Account, *, host: str) -> None:
+    def __init__(self, folder: Path, account: Account, *, host: str, clock: Callable[[], float]) -> None:
         self._folder = folder
+        self._uploads = folder / "uploads"
         self._account = account
         self._host = host
-        folder.mkdir(exist_ok=True)
+        self._clock = clock
+        self._uploads.mkdir(parents=True, exist_ok=True)
 
     def handle(self, request: Request) -> Answer:
         """Answer one S3 call."""
@@ -39,12 +51,19 @@ class R2:
         bucket, _, key = unquote(request.path.removeprefix("/r2/")).partition("/")
         if bucket != self._account.bucket:
             return _error(404, "NoSuchBucket", "The specified bucket does not exist.")
-        if request.method == "PUT" and key:
-            return self._put(key, request)
-        if request.method in ("GET", "HEAD") and key:
-            return self.read(key, head=request.method == "HEAD") or _error(
-                404, "NoSuchKey", "The specified key does not exist."
-            )
+        query = {name: values[0] for name, values in parse_qs(request.query, keep_blank_values=True).items()}
+        if key and "uploadId" in query:
+            return self._go_on_with_upload(key, query, request)
+        match request.method:
+            case "POST" if key and "uploads" in query:
+                return self._begin_upload(request)
+            case "PUT" if key and "x-amz-copy-source" in request.headers:
+                return self._copy(key, request)
+            case "PUT" if key:
+                return self._put(key, request)
+            case "GET" | "HEAD" if key:
+                found = self.read(key, head=request.method == "HEAD")
+                return found or _error(404, "NoSuchKey", "The specified key does not exist.")
         return _error(501, "NotImplemented", f"{request.method} of this is not implemented here.")
 
     def read(self, key: str, *, head: bool = False) -> Answer | None:
@@ -52,21 +71,24 @@ class R2:
         path = self._path(key)
         if not path.with_suffix(".json").exists():
             return None
-        content = path.read_bytes()
         headers = json.loads(path.with_suffix(".json").read_text())
-        return Answer(200, b"" if head else content, {**headers, "Content-Length": str(len(content))})
+        content = b"" if head else path.read_bytes()
+        return Answer(200, content, {**headers, "Content-Length": str(path.stat().st_size)})
 
     def _path(self, key: str) -> Path:
         # By hash: a key may be no path, or one that leads out of the folder.
         return self._folder / hashlib.sha256(key.encode()).hexdigest()
 
     def _refusal(self, request: Request) -> Answer | None:
-        if not self._signed(request):
+        presigned = SIGNED_QUERY.fullmatch(request.query)
+        if not (self._presigned(request, presigned) if presigned else self._signed(request)):
             return _error(
                 403,
                 "SignatureDoesNotMatch",
                 "The request signature we calculated does not match the signature you provided.",
             )
+        if presigned and self._clock() > _end(presigned["given"]):
+            return _error(400, "ExpiredRequest", "Request has expired")
         for name in REFUSED_HEADERS:
             if name in request.headers:
                 return _error(
@@ -80,36 +102,99 @@ class R2:
         found = AUTHORIZATION.fullmatch(request.headers.get("authorization", ""))
         if not found or found[1] != self._account.access_key_id:
             return False
-        names = found[2].split(";")
-        url = f"http://{self._host}{request.path}" + (f"?{request.query}" if request.query else "")
-        signed = AWSRequest(
-            method=request.method,
-            url=url,
-            data=request.body,
-            headers={name: request.headers.get(name, "") for name in names},
-        )
-        signed.context["timestamp"] = request.headers.get("x-amz-date", "")
-        auth = S3SigV4Auth(Credentials(self._account.access_key_id, self._account.secret_access_key), "s3", "auto")
-        signature = auth.signature(auth.string_to_sign(signed, auth.canonical_request(signed)), signed)
+        headers = {name: request.headers.get(name, "") for name in found[2].split(";")}
+        auth = S3SigV4Auth(self._credentials(), "s3", "auto")
+        signature = self._signature(auth, request, request.query, headers, request.headers.get("x-amz-date", ""))
         body_hash = request.headers.get("x-amz-content-sha256")
         return hmac.compare_digest(signature, found[3]) and body_hash in (
             "UNSIGNED-PAYLOAD",
             hashlib.sha256(request.body).hexdigest(),
         )
 
-    def _put(self, key: str, request: Request) -> Answer:
-        wanted = request.headers.get("x-amz-checksum-sha256")
-        if wanted and wanted != base64.b64encode(hashlib.sha256(request.body).digest()).decode():
-            return _error(400, "BadDigest", "The checksum you specified did not match what we received.")
-        etag = f'"{hashlib.md5(request.body).hexdigest()}"'
-        headers = {name: request.headers[name] for name in KEPT_HEADERS if name in request.headers}
-        path = self._path(key)
-        _write(path, request.body)
-        _write(
-            path.with_suffix(".json"),
-            json.dumps({"content-type": "application/octet-stream", **headers, "ETag": etag}).encode(),
+    def _presigned(self, request: Request, found: re.Match[str]) -> bool:
+        query = parse_qs(found["given"])
+        key_id, _, scope = query["X-Amz-Credential"][0].partition("/")
+        auth = S3SigV4QueryAuth(self._credentials(), "s3", "auto")
+        signature = self._signature(auth, request, found["given"], {"host": self._host}, query["X-Amz-Date"][0])
+        return (
+            hmac.compare_digest(signature, found["signature"])
+            and key_id == self._account.access_key_id
+            and scope.endswith("/auto/s3/aws4_request")
         )
+
+    def _credentials(self) -> Credentials:
+        return Credentials(self._account.access_key_id, self._account.secret_access_key)
+
+    def _signature(
+        self, auth: S3SigV4Auth, request: Request, query: str, headers: dict[str, str], timestamp: str
+    ) -> str:
+        url = f"http://{self._host}{request.path}" + (f"?{query}" if query else "")
+        signed = AWSRequest(method=request.method, url=url, data=request.body, headers=headers)
+        signed.context["timestamp"] = timestamp
+        signature: str = auth.signature(auth.string_to_sign(signed, auth.canonical_request(signed)), signed)
+        return signature
+
+    def _put(self, key: str, request: Request) -> Answer:
+        return _damaged(request) or self._keep(key, request.body, _kept_headers(request), _etag(request.body))
+
+    def _keep(self, key: str, content: bytes, headers: dict[str, str], etag: str) -> Answer:
+        path = self._path(key)
+        _write(path, content)
+        kept = {"content-type": "application/octet-stream", **headers, "ETag": etag}
+        _write(path.with_suffix(".json"), json.dumps(kept).encode())
         return Answer(200, b"", {"ETag": etag})
+
+    def _copy(self, key: str, request: Request) -> Answer:
+        bucket, _, source = unquote(request.headers["x-amz-copy-source"]).lstrip("/").partition("/")
+        found = self.read(source) if bucket == self._account.bucket else None
+        if found is None:
+            return _error(404, "NoSuchKey", "The specified key does not exist.")
+        if request.headers.get("x-amz-copy-source-if-match", found.headers["ETag"]) != found.headers["ETag"]:
+            return _error(412, "PreconditionFailed", "At least one of the pre-conditions you specified did not hold.")
+        replaced = request.headers.get("x-amz-metadata-directive") == "REPLACE"
+        headers = _kept_headers(request) if replaced else {name: found.headers[name] for name in KEPT_HEADERS}
+        kept = self._keep(key, found.body, headers, _etag(found.body))
+        return _xml("CopyObjectResult", {"ETag": kept.headers["ETag"]})
+
+    def _begin_upload(self, request: Request) -> Answer:
+        upload_id = uuid.uuid4().hex
+        (self._uploads / upload_id).mkdir()
+        _write(self._uploads / upload_id / "headers", json.dumps(_kept_headers(request)).encode())
+        return _xml("InitiateMultipartUploadResult", {"UploadId": upload_id})
+
+    def _go_on_with_upload(self, key: str, query: dict[str, str], request: Request) -> Answer:
+        folder = self._uploads / Path(query["uploadId"]).name
+        if not (folder / "headers").exists():
+            return _error(404, "NoSuchUpload", "The specified multipart upload does not exist.")
+        match request.method:
+            case "PUT":
+                if refusal := _damaged(request):
+                    return refusal
+                _write(folder / f"{int(query['partNumber']):05d}.part", request.body)
+                return Answer(200, b"", {"ETag": _etag(request.body)})
+            case "POST":
+                return self._complete_upload(key, folder, request)
+            case "DELETE":
+                shutil.rmtree(folder)
+                return Answer(204)
+        return _error(501, "NotImplemented", f"{request.method} of an upload is not implemented here.")
+
+    def _complete_upload(self, key: str, folder: Path, request: Request) -> Answer:
+        parts = [path.read_bytes() for path in sorted(folder.glob("*.part"))]
+        named = [entry.text for entry in ElementTree.fromstring(request.body).iter() if entry.tag.endswith("ETag")]
+        if not parts or named != [_etag(part) for part in parts]:
+            return _error(400, "InvalidPart", "One or more of the specified parts could not be found.")
+        if any(len(part) != len(parts[0]) for part in parts[:-1]) or len(parts[-1]) > len(parts[0]):
+            return _error(400, "InvalidPart", "All non-trailing parts must have the same length.")
+        if len(parts) > 1 and len(parts[0]) < SMALLEST_PART:
+            return _error(
+                400, "EntityTooSmall", "Your proposed upload is smaller than the minimum allowed object size."
+            )
+        digests = b"".join(hashlib.md5(part).digest() for part in parts)
+        etag = f'"{hashlib.md5(digests).hexdigest()}-{len(parts)}"'
+        self._keep(key, b"".join(parts), json.loads((folder / "headers").read_text()), etag)
+        shutil.rmtree(folder)
+        return _xml("CompleteMultipartUploadResult", {"Key": key, "ETag": etag})
 
 
 class PublicBucket:
@@ -132,6 +217,37 @@ def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def _etag(content: bytes) -> str:
+    return f'"{hashlib.md5(content).hexdigest()}"'
+
+
+def _kept_headers(request: Request) -> dict[str, str]:
+    return {name: request.headers[name] for name in KEPT_HEADERS if name in request.headers}
+
+
+def _damaged(request: Request) -> Answer | None:
+    """The refusal of a body that is not what its checksums say."""
+    wanted = {
+        "x-amz-checksum-sha256": base64.b64encode(hashlib.sha256(request.body).digest()).decode(),
+        "content-md5": base64.b64encode(hashlib.md5(request.body).digest()).decode(),
+    }
+    if all(request.headers.get(name, checksum) == checksum for name, checksum in wanted.items()):
+        return None
+    return _error(400, "BadDigest", "The checksum you specified did not match what we received.")
+
+
+def _end(query: str) -> float:
+    given = parse_qs(query)
+    made_at = timegm(time.strptime(given["X-Amz-Date"][0], "%Y%m%dT%H%M%SZ"))
+    return made_at + float(given["X-Amz-Expires"][0])
+
+
+def _xml(root: str, fields: dict[str, str]) -> Answer:
+    inside = "".join(f"<{name}>{escape(value)}</{name}>" for name, value in fields.items())
+    body = f'<?xml version="1.0" encoding="UTF-8"?><{root}>{inside}</{root}>'
+    return Answer(200, body.encode(), {"Content-Type": "application/xml"})
 
 
 def _error(status: int, code: str, message: str) -> Answer:

@@ -1,0 +1,78 @@
+"""A file on its way from a worker to the bucket: counted and hashed as it comes, kept on disk unless it is small."""
+
+import hashlib
+import tempfile
+import threading
+from types import TracebackType
+
+from chalicelib.errors import PermanentError, TransientError
+
+MAX_BYTES = 200_000_000  # of one file of a result
+IN_MEMORY_BYTES = 1_000_000  # a file over this lies on disk
+SMALL_BYTES = 16 * 1024 * 1024  # files over this wait for one another
+
+# A Lambda function has 512 MB of disk: one large file at a time, beside small ones in all other threads, fits in it.
+_large = threading.BoundedSemaphore(1)
+
+
+class Content:
+    """The bytes of one file, at most 200 MB. Closing it gives the disk back."""
+
+    def __init__(self, *, patience: float) -> None:
+        """An empty one, which waits at most `patience` seconds for its turn if it grows large."""
+        self.file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES)
+        self.size = 0
+        self._patience = patience
+        self._sha256 = hashlib.sha256()
+        self._md5 = hashlib.md5(usedforsecurity=False)  # what R2's ETag of an object is
+        self._is_large = False
+
+    def __enter__(self) -> "Content":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+        if self._is_large:
+            _large.release()
+
+    @property
+    def sha256(self) -> bytes:
+        """The SHA-256 of what was written so far."""
+        return self._sha256.digest()
+
+    @property
+    def md5(self) -> bytes:
+        """The MD5 of what was written so far."""
+        return self._md5.digest()
+
+    def write(self, piece: bytes) -> None:
+        """
+        Append the next piece.
+
+        Raises PermanentError `result_too_large` over the limit, TransientError where there is no room for it now.
+        """
+        self.size += len(piece)
+        if self.size > MAX_BYTES:
+            raise too_large()
+        if self.size > SMALL_BYTES and not self._is_large:
+            self._take_turn()
+        try:
+            self.file.write(piece)
+        except OSError as error:
+            raise TransientError("result_no_room", "There is no room on disk for the result.") from error
+        self._sha256.update(piece)
+        self._md5.update(piece)
+
+    def _take_turn(self) -> None:
+        if not _large.acquire(timeout=max(0.0, self._patience)):
+            raise TransientError("result_no_room", "Another large result had not been stored in time for this one.")
+        self._is_large = True
+
+
+def too_large() -> PermanentError:
+    """The error for a file over the limit."""
+    return PermanentError(
+        "result_too_large", f"The result has a file of more than {MAX_BYTES // 1_000_000} MB.", service="result"
+    )

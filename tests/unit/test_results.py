@@ -1,0 +1,312 @@
+"""From a worker's answer to the objects in R2, through the whole pipeline."""
+
+import hashlib
+from urllib.parse import urlsplit
+
+import pytest
+import requests
+
+from chalicelib import bootstrap, media, settings
+from chalicelib.content import Content
+from tests.conftest import BUCKET, R2_ENDPOINT, put
+from tests.shapes import A_JPG, A_MP4, A_PNG, B_PNG, JPEG, LINKS, MP4, PNG, PNG_2, PNG_3, ROWS, WEBP, b64
+
+FORBIDDEN = ("http://127.0.0.1:8888", "https://169.254.169.254", "http://10.0.0.1")  # never connected to
+RESULT = r"GET https://(results|image)\.example/"
+
+
+@pytest.fixture
+def bench(bench, wire, faults):
+    """The service, with the hosts that the links lead to."""
+
+    def answer(request):
+        fault = faults.take(f"GET {request.url}")
+        if fault and isinstance(fault["answer"], Exception):
+            return fault["answer"]
+        if fault:
+            status, body = fault["answer"]
+            return status, {}, body
+        return 200, {"Content-Length": str(len(LINKS[request.url]))}, LINKS[request.url]
+
+    for url in LINKS:
+        wire.add_callback("GET", url, callback=answer)
+    for url in FORBIDDEN:
+        wire.add_passthru(url)
+    return bench
+
+
+def run(bench, output, *, rounds=1):
+    """A job whose worker returns that."""
+    job_id = bench.create("a cat", simulate={"queue_seconds": 0, "run_seconds": 0, "output": output})
+    for _ in range(rounds):
+        bench.round()
+    return bench.job(job_id)
+
+
+def stored(bench, key):
+    found = bench.s3.get_object(Bucket=BUCKET, Key=key)
+    return found["Body"].read(), found["ContentType"]
+
+
+def warnings(bench, job):
+    return [warning["code"] for warning in bench.events(job.id)[-1].get("warnings", [])]
+
+
+def bytes_of(file):
+    return file if isinstance(file, bytes) else LINKS[file.replace("HTTPS", "https")]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_answer_comes_to_its_right_end(bench, row):
+    job = run(bench, row.output)
+
+    if row.error:
+        assert (job.status, job.error_code, job.result_url) == ("error", row.error, None)
+        assert bench.objects() == []
+        return
+    assert job.status == "done"
+    assert warnings(bench, job) == row.warnings
+    assert len(job.files) == len(row.files)
+    for number, (file, expected) in enumerate(zip(job.files, map(bytes_of, row.files), strict=True), 1):
+        kind = media.sniff(expected)
+        name = "output" if number == 1 else f"output-{number}"
+        assert file["key"] == f"jobs/2026/01/{job.id}/{name}.{kind.ending}"
+        assert file["url"] == f"http://cloud.test:8001/cdn/{file['key']}"
+        assert stored(bench, file["key"]) == (expected, kind.content_type)
+        assert (file["content_type"], file["bytes"]) == (kind.content_type, len(expected))
+        assert file["sha256"] == hashlib.sha256(expected).hexdigest()
+        assert (file["width"], file["height"]) == ((None, None) if kind.ending == "mp3" else (48, 32))
+    assert (job.result_r2_key, job.result_url) == (job.files[0]["key"], job.files[0]["url"])
+
+
+def test_no_runpod_key_travels_to_the_host_of_a_link(bench, wire):
+    run(bench, [A_PNG, B_PNG])
+
+    asked = [call.request for call in wire.calls if urlsplit(call.request.url).hostname == "results.example"]
+    assert len(asked) == 2
+    for request in asked:
+        assert "Authorization" not in request.headers
+        assert bench.service.settings.runpod_api_key not in str(request.headers)
+
+
+def test_what_the_worker_returned_instead_is_in_the_timeline(bench):
+    job = run(bench, {"note": "nothing to draw", "input": {"image": b64(PNG)}})
+
+    assert "nothing to draw" in bench.events(job.id)[-1]["output"]
+
+
+def test_what_a_failed_worker_returned_is_in_the_timeline(bench):
+    job_id = bench.create(simulate={"status": "FAILED", "error": "boom"})
+    bench.faults.add(r"GET .*/status/", (200, {"status": "FAILED", "error": "boom", "output": {"details": ["node 7"]}}))
+    bench.round()
+
+    assert "node 7" in bench.events(job_id)[-1]["output"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ((503, ""), "result_unavailable"),
+        ((429, ""), "result_unavailable"),
+        (requests.ConnectionError("reset"), "result_cut_off"),
+        ((403, ""), "link_forbidden"),
+        ((404, ""), "link_not_found"),
+    ],
+)
+def test_a_link_that_does_not_answer_now_is_asked_again(bench, answer, code):
+    bench.faults.add(RESULT, answer)
+
+    job = run(bench, {"image_url": A_PNG})
+    assert (job.status, bench.events(job.id)[-1]["code"]) == ("running", code)
+    bench.round(after=30)
+
+    assert bench.job(job.id).status == "done"
+    assert len(bench.cloud.runpod.inputs()) == 1
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "link_forbidden"), (404, "link_not_found"), (400, "link_refused")])
+def test_a_link_that_is_refused_for_minutes_is_believed(bench, status, code):
+    bench.faults.add(RESULT, (status, ""), times=99)
+
+    job = run(bench, {"image_url": A_PNG})
+    for _ in range(20):
+        bench.round(after=20)
+
+    job = bench.job(job.id)
+    assert (job.status, job.error_code) == ("error", code)
+
+
+def test_a_link_that_has_expired_is_believed_at_once(bench):
+    bench.faults.add(RESULT, (403, "<Error><Message>Request has expired</Message></Error>"), times=99)
+
+    job = run(bench, {"image_url": A_PNG})
+
+    assert (job.status, job.error_code) == ("error", "link_expired")
+
+
+def test_a_server_that_fails_until_runpod_forgets_is_a_dead_letter(bench):
+    bench.faults.add(RESULT, (503, ""), times=999)
+
+    job = run(bench, {"image_url": A_PNG})
+    for _ in range(20):
+        bench.round(after=120)
+
+    job = bench.job(job.id)
+    assert (job.status, job.error_code, job.dead_at is not None) == ("error", "result_unavailable", True)
+
+
+def test_files_that_are_stored_are_not_fetched_again_for_one_that_is_not(bench, wire):
+    bench.faults.add("results.example/b.png", (503, ""))
+
+    job = run(bench, [A_PNG, B_PNG, A_MP4])
+    assert (job.status, [file["bytes"] for file in job.files]) == ("running", [len(PNG), len(MP4)])
+    assert job.failures == 1
+    bench.round(after=30)
+
+    job = bench.job(job.id)
+    assert [file["key"].rpartition("/")[2] for file in job.files] == ["output.png", "output-2.png", "output-3.mp4"]
+    assert job.status == "done"
+    asked = [call.request.url for call in wire.calls if "example" in call.request.url]
+    assert sorted(asked) == sorted([A_PNG, B_PNG, B_PNG, A_MP4])
+
+
+def test_files_that_arrived_are_shown_though_one_never_did(bench):
+    bench.faults.add("results.example/b.png", (503, ""), times=999)
+
+    job = run(bench, [A_PNG, B_PNG])
+    for _ in range(20):
+        bench.round(after=120)
+
+    job = bench.job(job.id)
+    assert (job.status, job.error_code) == ("error", "result_unavailable")
+    assert [file["bytes"] for file in job.files] == [len(PNG)]
+
+
+def test_one_link_that_leads_nowhere_does_not_take_the_others_with_it(bench):
+    job = run(bench, [A_PNG, "https://169.254.169.254/latest/meta-data/", A_MP4])
+
+    assert (job.status, warnings(bench, job)) == ("done", ["link_metadata"])
+    assert [file["key"].rpartition("/")[2] for file in job.files] == ["output.png", "output-3.mp4"]
+
+
+def test_one_link_that_is_refused_for_minutes_does_not_take_the_others_with_it(bench):
+    bench.faults.add("results.example/b.png", (404, ""), times=99)
+
+    job = run(bench, [A_PNG, B_PNG])
+    for _ in range(20):
+        bench.round(after=20)
+
+    job = bench.job(job.id)
+    assert (job.status, warnings(bench, job), len(job.files)) == ("done", ["link_not_found"], 1)
+
+
+def test_the_same_picture_inline_and_behind_a_link_is_one_file(bench):
+    job = run(bench, {"images": [b64(PNG)], "image_url": A_PNG})
+
+    assert len(job.files) == 1
+
+
+def test_r2_that_fails_stops_the_other_files_of_the_job(bench, wire):
+    bench.s3.delete_bucket(Bucket=BUCKET)
+
+    job = run(bench, [A_PNG, B_PNG])
+    bench.s3.create_bucket(Bucket=BUCKET)
+
+    assert job.status == "running"
+    assert [call.request.url for call in wire.calls if "example" in call.request.url] == [A_PNG]
+
+
+def test_a_job_with_more_files_than_time_goes_on_where_it_stopped(bench, monkeypatch):
+    put_one = type(bench.service.bucket).put
+
+    def slow(self, *args, **options):
+        bench.clock.advance(16)
+        return put_one(self, *args, **options)
+
+    monkeypatch.setattr(type(bench.service.bucket), "put", slow)
+    job = run(bench, {"images": [b64(PNG), b64(PNG_2), b64(PNG_3), b64(JPEG), b64(WEBP)]})
+    assert (job.status, len(job.files), bench.events(job.id)[-1]["code"]) == ("running", 3, "store_unfinished")
+    bench.round(after=15)
+
+    job = bench.job(job.id)
+    assert (job.status, len(job.files)) == ("done", 5)
+    assert [entry["event"] for entry in bench.events(job.id)].count("store_failed") == 1
+
+
+def test_a_truncated_upload_is_never_done(bench, monkeypatch):
+    put_object = bench.service.bucket._s3().put_object
+
+    def cut(**params):
+        whole = params.pop("Body").read()
+        del params["ChecksumSHA256"]
+        return put_object(**{**params, "Body": whole[:-1], "ContentLength": len(whole) - 1})
+
+    monkeypatch.setattr(bench.service.bucket._s3(), "put_object", cut)
+    job = run(bench, b64(PNG))
+    assert (job.status, bench.events(job.id)[-1]["code"]) == ("running", "r2_mismatch")
+    monkeypatch.undo()
+    bench.round(after=30)
+
+    job = bench.job(job.id)
+    assert (job.status, stored(bench, job.result_r2_key)[0]) == ("done", PNG)
+
+
+def test_what_lies_in_our_own_bucket_is_copied_there(bench, wire):
+    put(bench.service.bucket, "worker/tmp.bin", JPEG)
+
+    job = run(bench, {"image_url": f"{R2_ENDPOINT}/{BUCKET}/worker/tmp.bin?X-Amz-Signature=abc"})
+
+    assert job.status == "done"
+    assert stored(bench, f"jobs/2026/01/{job.id}/output.jpg") == (JPEG, "image/jpeg")
+    assert not [call for call in wire.calls if R2_ENDPOINT in call.request.url]
+
+
+def test_a_worker_may_put_its_file_where_it_belongs(bench):
+    job_id = bench.create(simulate={"queue_seconds": 0, "run_seconds": 0, "output": {"image_url": "later"}})
+    key = f"jobs/2026/01/{job_id}/output.png"
+    put(bench.service.bucket, key, PNG)
+    bench.faults.add(
+        r"GET .*/status/", (200, {"status": "COMPLETED", "output": {"image_url": f"{R2_ENDPOINT}/{BUCKET}/{key}"}})
+    )
+    bench.round()
+
+    assert (bench.job(job_id).status, stored(bench, key)) == ("done", (PNG, "image/png"))
+
+
+def test_a_link_to_nothing_in_our_own_bucket_is_like_any_other(bench):
+    job = run(bench, {"image_url": f"{R2_ENDPOINT}/{BUCKET}/nothing.png"})
+
+    assert (job.status, bench.events(job.id)[-1]["code"]) == ("running", "link_not_found")
+
+
+def test_without_a_public_address_none_is_stored(environment, bench):
+    bench.service = bootstrap.build(settings.load({**environment, "R2_PUBLIC_BASE_URL": ""}), bench.clock)
+
+    job = run(bench, {"images": [b64(PNG), b64(PNG_2)]})
+
+    assert (job.status, job.result_url) == ("done", None)
+    assert [file["url"] for file in job.files] == [None, None]
+    assert job.result_r2_key == f"jobs/2026/01/{job.id}/output.png"
+
+
+def test_a_second_attempt_has_a_folder_of_its_own(bench):
+    bench.faults.add(r"GET .*/status/", (200, {"status": "TIMED_OUT"}))
+
+    job = run(bench, [A_PNG, A_JPG], rounds=4)
+
+    assert job.attempt == 2
+    assert [file["key"] for file in job.files] == [
+        f"jobs/2026/01/{job.id}/2/output.png",
+        f"jobs/2026/01/{job.id}/2/output-2.jpg",
+    ]
+
+
+def test_a_file_is_given_back_to_the_disk(bench, monkeypatch):
+    opened = []
+    create = Content.__init__
+    monkeypatch.setattr(Content, "__init__", lambda self, **given: (opened.append(self), create(self, **given))[1])
+
+    run(bench, [A_PNG, "http://10.0.0.1/a.png", b64(PNG_2)])
+
+    assert len(opened) == 3
+    assert all(content.file.closed for content in opened)
