@@ -56,10 +56,11 @@ class Guard:
         """
         allowed = f"{host}:{port}" in self._allowed
         if not allowed and not _is_address(host) and ODD_HOST.fullmatch(host):
-            raise _refused("link_odd_host", "writes its host as a number")
+            raise _refused("link_odd_host", "writes its host as a number", host)
         addresses = _look_up(host, port)
         for address in addresses if not allowed else []:
-            _check(address)
+            if objection := _objection(address):
+                raise _refused(*objection, host)
         return [str(address) for address in addresses[:MAX_ADDRESSES]]
 
 
@@ -95,7 +96,7 @@ class Fetch:
                 if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
                     return _join(url, answer.headers["Location"])
                 if answer.status != 200:
-                    raise _failure(answer)
+                    raise _failure(answer, urlsplit(url).hostname)
                 _read(answer, into)
         except IndeterminateError as error:
             raise _broken_off(error, into) from error
@@ -126,7 +127,7 @@ def _look_up(host: str, port: int) -> list[IPv4Address | IPv6Address]:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise TransientError(
-            "result_unreachable", "The host of the worker's link has no address.", service="result"
+            "result_unreachable", f"The host of the worker's link, {host}, has no address.", service="result"
         ) from error
     return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0])) for entry in found))
 
@@ -139,34 +140,35 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _check(address: IPv4Address | IPv6Address) -> None:
+def _objection(address: IPv4Address | IPv6Address) -> tuple[str, str] | None:
+    """Why the address must not be connected to, as a code and in words; None where it may."""
     if isinstance(address, IPv6Address):
         if address in NAT64:
-            return _check(IPv4Address(int(address) & 0xFFFFFFFF))
+            return _objection(IPv4Address(int(address) & 0xFFFFFFFF))
         if address.ipv4_mapped or address.sixtofour or address.teredo or 1 < int(address) < 1 << 32:
-            raise _refused("link_mapped", "leads to an IPv4 address inside an IPv6 one")
+            return "link_mapped", "leads to an IPv4 address inside an IPv6 one"
     if address in METADATA:
-        raise _refused("link_metadata", "leads to a cloud's metadata service")
+        return "link_metadata", "leads to a cloud's metadata service"
     if address.is_loopback:
-        raise _refused("link_loopback", "leads back to this machine")
+        return "link_loopback", "leads back to this machine"
     if address.is_link_local:
-        raise _refused("link_link_local", "leads to a link-local address")
+        return "link_link_local", "leads to a link-local address"
     if not address.is_global or address.is_multicast:
-        raise _refused("link_private", "leads into a private network")
+        return "link_private", "leads into a private network"
     return None
 
 
-def _refused(code: str, sentence: str) -> Refused:
-    return Refused(code, f"The worker's link to the result {sentence}; it is not followed.", service="result")
+def _refused(code: str, words: str, host: str = "the result") -> Refused:
+    return Refused(code, f"The worker's link to {host} {words}; it is not followed.", service="result")
 
 
 def _redirected(error: Refused) -> PermanentError:
     return PermanentError("redirect_refused", f"After a redirect: {error.sentence}", service="result")
 
 
-def _failure(answer: Stream) -> ServiceError:
+def _failure(answer: Stream, host: str | None) -> ServiceError:
     """What an answer means that is neither the file nor a redirect."""
-    status, said = answer.status, f"The worker's link to the result answered HTTP {answer.status}"
+    status, said = answer.status, f"The worker's link to {host} answered HTTP {answer.status}"
     if status in (408, 425, 429) or status >= 500:
         return TransientError("result_unavailable", f"{said}.", service="result", retry_after=answer.retry_after)
     if status in (400, 401, 403) and b"expired" in _explanation(answer).lower():

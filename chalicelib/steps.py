@@ -62,22 +62,17 @@ class Steps:
             return self.not_stored(job, error)
         try:
             found = outputs.read(answer.output)
+            kept = self.results.keep(job, found, deadline.less(SAVE_RESERVE), age=self._age_of_result(job))
         except PermanentError as error:
             return jobs.fail(job, error, output=outputs.excerpt(answer.output), now=self.clock.now())
-        try:
-            kept = self.results.keep(job, found, deadline.less(SAVE_RESERVE), age=self._age_of_result(job))
-        except ServiceError as error:
-            return self.not_stored(job, error)
         job = jobs.keep(job, kept.files)
         if kept.error:
             return self.not_stored(job, kept.error)
         return jobs.finish(job, problems=kept.problems, now=self.clock.now())
 
     def not_stored(self, job: Job, error: ServiceError) -> Change:
-        """The change for a result that could not be stored: later again, given up, or nothing to store at all."""
+        """The change for a result that could not be stored now: later again, or given up."""
         now = self.clock.now()
-        if isinstance(error, PermanentError) and error.service != "r2":
-            return jobs.fail(job, error, now=now)
         if self._age_of_result(job) > LAST_TRY:
             return jobs.bury(job, error, now=now)
         return jobs.hold(job, error, now=now, rng=self.rng)

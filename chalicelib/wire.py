@@ -1,19 +1,13 @@
 """One HTTP exchange, bounded in time and bytes, over a pooled session; errors say if it can have had effect."""
 
 import contextlib
-import socket
 import ssl
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import (
     ClosedPoolError,
     ConnectTimeoutError,
@@ -23,19 +17,15 @@ from urllib3.exceptions import (
     SSLError,
 )
 
+from chalicelib.connection import Resolve, Session, Watch, watched
 from chalicelib.errors import IndeterminateError, TransientError
 from chalicelib.runtime import Clock
 
 CONNECT_TIMEOUT = 3.05  # seconds; just over TCP's first retransmission
-POOL_SIZE = 32  # connections kept to one host; at least the number of threads that share the session
 IDLE_LIMIT = 30  # seconds a kept connection is trusted for
 CHUNK_BYTES = 65_536
 MAX_RETRY_AFTER = 900.0  # seconds; Cloudflare's lock-out is 300, and a nonsensical value must not stop a job for years
 NAMES = {"d1": "D1", "runpod": "RunPod", "result": "The host of the worker's link"}  # in sentences
-
-
-# The addresses of a host and port that may be connected to; raises ServiceError where none may.
-Resolve = Callable[[str, int], list[str]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,7 @@ class Stream(Head):
 
     service: str
     _response: requests.Response
-    _watch: "_Watch"
+    _watch: Watch
 
     def pieces(self, *, decode: bool = True) -> Iterator[bytes]:
         """
@@ -81,97 +71,6 @@ class Stream(Head):
             raise _too_slow(self.service) if self._watch.cut else _cut_off(self.service)
 
 
-class _Watch:
-    """Cuts a connection when its exchange has lasted too long; a socket's own timeout is for each wait anew."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds  # of the machine: it is the machine's sockets that hang
-        self._timer: threading.Timer | None = None
-        self.cut = False
-
-    def over(self, sock: socket.socket) -> None:
-        """From now on watch this socket."""
-        self.stop()
-        self._timer = threading.Timer(max(0.0, self._end - time.monotonic()), self._shut, (sock,))
-        self._timer.daemon = True
-        self._timer.start()
-
-    def _shut(self, sock: socket.socket) -> None:
-        self.cut = True
-        with contextlib.suppress(OSError):
-            # Not SSLSocket's own shutdown, which takes the TLS state from under the thread that reads.
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-    def stop(self) -> None:
-        """The exchange is over."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-
-class _Current(threading.local):
-    """What the connections of this thread's exchange must do, which requests would not pass on to them."""
-
-    watch: _Watch | None = None
-    resolve: Resolve | None = None
-
-
-_current = _Current()
-
-
-class _HTTP(HTTPConnection):
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        super().request(*args, **kwargs)
-        if _current.watch is not None and self.sock is not None:
-            _current.watch.over(self.sock)
-
-    @property
-    def is_connected(self) -> bool:
-        # Where addresses are looked at, a kept connection would be one that was not looked at for this exchange.
-        return super().is_connected and _current.resolve is None
-
-    def _new_conn(self) -> socket.socket:
-        """Connect to an address that was looked at, not to a name, which may mean another one a moment later."""
-        if _current.resolve is None:
-            return super()._new_conn()
-        name = self._dns_host
-        addresses = _current.resolve(self.host, self.port)
-        try:
-            return self._connect_to_one(addresses)
-        finally:
-            self._dns_host = name  # TLS asks for its certificate
-
-    def _connect_to_one(self, addresses: list[str]) -> socket.socket:
-        for address in addresses[:-1]:
-            self._dns_host = address
-            with contextlib.suppress(HTTPError):
-                return super()._new_conn()
-        self._dns_host = addresses[-1]
-        return super()._new_conn()
-
-
-class _HTTPS(_HTTP, HTTPSConnection):
-    pass
-
-
-class _HTTPPool(HTTPConnectionPool):
-    ConnectionCls = _HTTP
-
-
-class _HTTPSPool(HTTPSConnectionPool):
-    ConnectionCls = _HTTPS
-
-
-class _Session(requests.Session):
-    def get_redirect_target(self, resp: requests.Response) -> str | None:
-        return None  # else requests reads the body of a redirect, however long, even if it is not to follow it
-
-
-class _Adapter(HTTPAdapter):
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
-
-
 class Wire:
     """A session that several threads and clients may share; with `resolve` it connects only to what that returns."""
 
@@ -180,12 +79,7 @@ class Wire:
         self._resolve = resolve
         self._used_at = clock.now()
         self._idle_check = threading.Lock()
-        self._session = _Session()
-        # Neither ~/.netrc, which would replace our Authorization header, nor proxies from the environment.
-        self._session.trust_env = False
-        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        for scheme in ("https://", "http://"):
-            self._session.mount(scheme, _Adapter(pool_maxsize=POOL_SIZE, max_retries=0))
+        self._session = Session()
 
     def exchange(
         self,
@@ -220,35 +114,14 @@ class Wire:
     ) -> Iterator[Stream]:
         """As exchange(), but the body is read by the caller, within the same `timeout`."""
         self._drop_idle_connections()
-        watch = _current.watch = _Watch(timeout)
-        _current.resolve = self._resolve
-        try:
-            with self._send(service, method, url, headers, body, timeout, watch) as response:
-                yield Stream(response.status_code, response.headers, service, response, watch)
-        finally:
-            watch.stop()
-            _current.watch = _current.resolve = None
+        request = {"method": method, "url": url, "headers": headers, "data": body}
+        with watched(timeout, self._resolve) as watch, self._send(service, request, timeout, watch) as response:
+            yield Stream(response.status_code, response.headers, service, response, watch)
 
-    def _send(
-        self,
-        service: str,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        body: bytes | None,
-        timeout: float,
-        watch: _Watch,
-    ) -> requests.Response:
+    def _send(self, service: str, request: dict[str, Any], timeout: float, watch: Watch) -> requests.Response:
+        timeouts = (min(CONNECT_TIMEOUT, timeout), timeout)
         try:
-            return self._session.request(
-                method,
-                url,
-                headers=headers,
-                data=body,
-                allow_redirects=False,
-                stream=True,
-                timeout=(min(CONNECT_TIMEOUT, timeout), timeout),
-            )
+            return self._session.request(**request, allow_redirects=False, stream=True, timeout=timeouts)
         except requests.exceptions.InvalidURL as error:
             raise TransientError(
                 f"{service}_unreachable", f"{NAMES[service]} has no valid address; check its base URL.", service=service

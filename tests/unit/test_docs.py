@@ -77,6 +77,7 @@ def test_every_code_that_can_end_a_job_is_in_the_table():
     for name in ("steps", "results", "outputs", "media", "content", "fetch", "runpod", "r2", "saver", "pipeline"):
         text = (ROOT / "chalicelib" / f"{name}.py").read_text()
         codes |= set(re.findall(r'(?:PermanentError|TransientError|_said|_error|_refused|_trouble)\(\s*"(\w+)"', text))
+        codes |= set(re.findall(r'return "(\w+)", "', text))
 
     assert {code for code in codes if code not in shown and not code.startswith(prefixes)} == set()
 

@@ -255,6 +255,30 @@ def test_the_certificate_must_be_that_of_the_name(names, host, download, monkeyp
     assert host.requests == []
 
 
+def test_a_handshake_that_never_ends_is_cut(download, request):
+    server = socket.create_server(("127.0.0.1", 0))
+    request.addfinalizer(server.close)
+
+    def shake_hands_slowly():
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"\x16\x03\x03\x40\x00")  # 16 kB of handshake will follow
+            while not threading.Event().wait(0.02):
+                connection.sendall(b"\x02")
+
+    thread = threading.Thread(target=shake_hands_slowly)
+    thread.start()
+    place = f"127.0.0.1:{server.getsockname()[1]}"
+
+    start = time.monotonic()
+    with pytest.raises(TransientError) as caught:
+        download(f"https://{place}/a.png", allowed=[place], timeout=0.5)
+    thread.join()
+
+    assert caught.value.code == "result_timeout"
+    assert time.monotonic() - start < 2.0
+
+
 def test_the_body_of_a_redirect_is_not_read(host, download, monkeypatch):
     monkeypatch.setattr(content, "MAX_BYTES", 5_000_000)
 

@@ -1,0 +1,142 @@
+"""HTTP connections that are cut when their exchange lasts too long, and that lead only where they are told to."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import HTTPError
+
+POOL_SIZE = 32  # connections kept to one host; at least the number of threads that share the session
+
+# The addresses of a host and port that may be connected to; raises ServiceError where none may.
+Resolve = Callable[[str, int], list[str]]
+
+
+class Watch:
+    """Cuts a connection when its exchange has lasted too long; a socket's own timeout is for each wait anew."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds  # of the machine: it is the machine's sockets that hang
+        self._sock: socket.socket | None = None
+        self._timer: threading.Timer | None = None
+        self.cut = False
+
+    def over(self, sock: socket.socket) -> None:
+        """From now on watch this socket."""
+        self.stop()
+        # A second handle on the same connection: TLS takes the first one away while it shakes hands.
+        self._sock = socket.fromfd(sock.fileno(), sock.family, sock.type)
+        self._timer = threading.Timer(max(0.0, self._end - time.monotonic()), self._shut, (self._sock,))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _shut(self, sock: socket.socket) -> None:
+        self.cut = True
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    def stop(self) -> None:
+        """The exchange is over."""
+        if self._timer is not None and self._sock is not None:
+            self._timer.cancel()
+            self._sock.close()
+
+
+class _Current(threading.local):
+    """What the connections of this thread's exchange must do, which requests would not pass on to them."""
+
+    watch: Watch | None = None
+    resolve: Resolve | None = None
+
+
+_current = _Current()
+
+
+@contextlib.contextmanager
+def watched(seconds: float, resolve: Resolve | None) -> Iterator[Watch]:
+    """Have the connections that this thread uses cut after that time, and lead only to what `resolve` returns."""
+    watch = _current.watch = Watch(seconds)
+    _current.resolve = resolve
+    try:
+        yield watch
+    finally:
+        watch.stop()
+        _current.watch = _current.resolve = None
+
+
+class _HTTP(HTTPConnection):
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        if self.sock is not None:
+            _watch(self.sock)
+        super().request(*args, **kwargs)
+
+    @property
+    def is_connected(self) -> bool:
+        # Where addresses are looked at, a kept connection would be one that was not looked at for this exchange.
+        return super().is_connected and _current.resolve is None
+
+    def _new_conn(self) -> socket.socket:
+        sock = super()._new_conn() if _current.resolve is None else self._connect_to_one_of(_current.resolve)
+        _watch(sock)
+        return sock
+
+    def _connect_to_one_of(self, resolve: Resolve) -> socket.socket:
+        """Connect to an address that was looked at, not to a name, which may mean another one a moment later."""
+        name = self._dns_host
+        *others, last = resolve(self.host, self.port)
+        try:
+            for address in others:
+                self._dns_host = address
+                with contextlib.suppress(HTTPError):
+                    return super()._new_conn()
+            self._dns_host = last
+            return super()._new_conn()
+        finally:
+            self._dns_host = name  # TLS asks for its certificate
+
+
+def _watch(sock: socket.socket) -> None:
+    if _current.watch is not None:
+        _current.watch.over(sock)
+
+
+class _HTTPS(_HTTP, HTTPSConnection):
+    pass
+
+
+class _HTTPPool(HTTPConnectionPool):
+    ConnectionCls = _HTTP
+
+
+class _HTTPSPool(HTTPSConnectionPool):
+    ConnectionCls = _HTTPS
+
+
+class _Adapter(HTTPAdapter):
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+
+
+class Session(requests.Session):
+    """A session of such connections, which sends nothing but what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Neither ~/.netrc, which would replace our Authorization header, nor proxies from the environment.
+        self.trust_env = False
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        for scheme in ("https://", "http://"):
+            self.mount(scheme, _Adapter(pool_maxsize=POOL_SIZE, max_retries=0))
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """None: else requests would read the body of a redirect, however long, even if it is not to follow it."""
+        return None
