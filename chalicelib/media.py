@@ -88,14 +88,19 @@ def sniff(head: bytes) -> Kind | None:
     return Kind(*KINDS[name])
 
 
+def unknown_type() -> PermanentError:
+    """The error for a file that is no image, video or audio."""
+    return PermanentError(
+        "unknown_type", "RunPod's worker returned a file that is no image, video or audio.", service="result"
+    )
+
+
 def identify(content: Content) -> Media:
     """What the file is. Raises PermanentError `unknown_type` where it is no image, video or audio."""
     content.file.seek(0)
     kind = sniff(content.file.read(HEAD_BYTES))
     if kind is None:
-        raise PermanentError(
-            "unknown_type", "RunPod's worker returned a file that is no image, video or audio.", service="result"
-        )
+        raise unknown_type()
     size = _size(content, kind)
     return Media(kind, *size) if size else Media(kind)
 

@@ -6,17 +6,15 @@ it goes by. Names decide only what is looked at first, and what is never looked 
 worker was given.
 """
 
-import base64
-import binascii
 import itertools
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from chalicelib import media
 from chalicelib.errors import PermanentError
+from chalicelib.inline import HEAD_CHARS, Inline, damaged
 
 # Bounds on an answer, which may be anything.
 MAX_DEPTH = 16
@@ -27,8 +25,6 @@ MAX_REASON_CHARS = 500
 EXCERPT_DEPTH = 4
 EXCERPT_PARTS = 10  # of a list or an object
 
-PIECE_CHARS = 1_000_000  # of base64 decoded at once; a multiple of four
-SNIFF_CHARS = 4 * 2_000
 LEAST_BYTES = 32  # the smallest GIF has 35; a word may look like base64 of something
 
 # Words of which the names of results are made, in the answers of the workers that there are.
@@ -42,31 +38,11 @@ INPUT_NAMES = re.compile(r"(inputs?|init|param|params|parameters|prompt|workflow
 # Names of files that are there beside the result.
 SIDE_WORDS = frozenset("mask control source reference original thumbnail preview".split())
 
-# Possessive, so that a text made for it cannot make these go over it again and again.
-BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]*+(?:=\s*+){0,2}+")
 LINK = re.compile(r"https?://\S++", re.IGNORECASE)
 OTHER_SCHEME = re.compile(r"(?!data:)[a-z][a-z0-9+.-]++:/", re.IGNORECASE)
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif", ".mp4", ".webm", ".mov", ".mkv", ".mp3", ".wav", ".flac")
 WORKERS_DISK = ("/", "./", "simulated_uploaded/", "local_upload/")  # the last two are what RunPod's SDK says there
 FAILED = ("error", "failed", "failure")
-
-
-@dataclass(frozen=True)
-class Inline:
-    """A file that came in the answer itself, as base64 from `start` on."""
-
-    text: str = field(repr=False)
-    start: int = 0
-
-    def pieces(self) -> Iterator[bytes]:
-        """The file, decoded piece by piece. Raises PermanentError `base64_invalid`."""
-        rest = ""
-        for at in range(self.start, len(self.text), PIECE_CHARS):
-            letters = rest + _letters(self.text[at : at + PIECE_CHARS])
-            whole = len(letters) - len(letters) % 4
-            rest = letters[whole:]
-            yield _decode(letters[:whole])
-        yield _decode(rest)
 
 
 @dataclass(frozen=True)
@@ -135,7 +111,7 @@ class _Search:
 
     def _walk_object(self, entry: dict[str, Any], depth: int) -> None:
         if reason := _reported_error(entry):
-            self._trouble("worker_failed", f"RunPod's worker reported an error: {reason}", first=True)
+            self._trouble(_reported(reason))
         names = [name for name in itertools.islice(entry, self._values_left) if self._is_looked_at(name)]
         files = self._files_of(entry, names)
         for name in names:
@@ -167,21 +143,22 @@ class _Search:
         if len(self.files) < MAX_FILES:
             self.files.append(file)
         elif len(self.files) == MAX_FILES:
-            self._trouble("too_many_files", f"The result has more than {MAX_FILES} files; the rest was left out.")
+            sentence = f"The result has more than {MAX_FILES} files; the rest was left out."
+            self._trouble(_error("too_many_files", sentence))
 
     def _read_text(self, text: str, name: str) -> Inline | Link | None:
         self._values_left -= 1
         if len(text) <= MAX_LINK_CHARS and LINK.fullmatch(text.strip()):
             return Link(text.strip()) if self._is_followed(text.strip(), name) else None
-        start = _start_of_data(text)
-        head = _head(text, start)
+        inline = Inline.of(text)
+        head = inline.head
         kind = media.sniff(head) if len(head) >= LEAST_BYTES else None
-        if kind and _is_base64(text, start):
-            return Inline(text, start)
-        if kind or (start and not head):
-            self._trouble("base64_invalid", "RunPod's worker returned a file whose base64 is damaged.")
-        elif start or (len(text) > SNIFF_CHARS and _is_base64(text, start)):
-            self._trouble("unknown_type", "RunPod's worker returned a file that is no image, video or audio.")
+        if kind and inline.is_base64:
+            return inline
+        if kind or (inline.start and not head):
+            self._trouble(damaged())
+        elif inline.start or (len(text) > HEAD_CHARS and inline.is_base64):
+            self._trouble(media.unknown_type())
         else:
             self._read_place(text.strip())
         return None
@@ -195,19 +172,17 @@ class _Search:
         if len(text) > MAX_LINK_CHARS:
             return
         if OTHER_SCHEME.match(text):
-            self._trouble("link_scheme", f"RunPod's worker gave an address that is not http(s): {text[:100]}")
+            self._trouble(_error("link_scheme", f"RunPod's worker gave an address that is not http(s): {text[:100]}"))
         elif text.startswith("FAILED"):
-            self._trouble("worker_failed", f"RunPod's worker reported an error: {_short(text)}", first=True)
+            self._trouble(_reported(_short(text)))
         elif len(text.split()) == 1 and (text.startswith(WORKERS_DISK) or text.lower().endswith(ENDINGS)):
-            self._trouble(
-                "local_path",
-                f"RunPod's worker returned a path on its own disk ({text[:100]}); have it return the file, or give it "
-                "a bucket.",
-            )
+            place = f"RunPod's worker returned a path on its own disk ({text[:100]})"
+            self._trouble(_error("local_path", f"{place}; have it return the file, or give it a bucket."))
 
-    def _trouble(self, code: str, sentence: str, *, first: bool = False) -> None:
-        if len(self.problems) < MAX_FILES and all(known.sentence != sentence for known in self.problems):
-            self.problems.insert(0 if first else len(self.problems), _error(code, sentence))
+    def _trouble(self, error: PermanentError) -> None:
+        if len(self.problems) < MAX_FILES and all(known.sentence != error.sentence for known in self.problems):
+            # The worker's own words say most.
+            self.problems.insert(0 if error.code == "worker_failed" else len(self.problems), error)
 
 
 def _error(code: str, sentence: str) -> PermanentError:
@@ -215,11 +190,16 @@ def _error(code: str, sentence: str) -> PermanentError:
     return PermanentError(code, sentence.encode("utf-8", "replace").decode(), service="runpod")
 
 
+def _reported(reason: str) -> PermanentError:
+    return _error("worker_failed", f"RunPod's worker reported an error: {reason}")
+
+
 def _nothing(output: Any) -> PermanentError:
     if output in (None, "", [], {}):
         return _error(
             "no_output",
-            "RunPod's worker finished but returned nothing; RunPod drops results that are too large like this.",
+            "RunPod's worker finished but returned nothing. RunPod also drops a result that is too large for it; if that "
+            "may be, have the worker return a link.",
         )
     return _error("no_output", "RunPod's worker finished but returned no file.")
 
@@ -273,37 +253,4 @@ def _sort_of(name: str) -> str:
 
 
 def _same(one: Inline | Link, other: Inline | Link) -> bool:
-    if isinstance(one, Inline) and isinstance(other, Inline):
-        return len(one.text) - one.start == len(other.text) - other.start and (
-            one.text[one.start :] == other.text[other.start :]
-        )
-    return one == other
-
-
-def _start_of_data(text: str) -> int:
-    """Where the base64 of a data URL begins; 0 where it is none."""
-    head, comma, _ = text[:200].lstrip().lower().partition(",")
-    return text.index(",") + 1 if comma and head.startswith("data:") and head.endswith(";base64") else 0
-
-
-def _is_base64(text: str, start: int) -> bool:
-    return BASE64.fullmatch(text, start) is not None
-
-
-def _head(text: str, start: int) -> bytes:
-    """What the beginning of the text decodes to, as far as it does."""
-    found = BASE64.match(text[start : start + SNIFF_CHARS])
-    letters = _letters(found[0]) if found else ""
-    return _decode(letters[: len(letters) - len(letters) % 4])
-
-
-def _letters(text: str) -> str:
-    """Base64 without what may be missing: line breaks and the padding at the end; its other alphabet is made one."""
-    return "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
-
-
-def _decode(letters: str) -> bytes:
-    try:
-        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise _error("base64_invalid", "RunPod's worker returned a file whose base64 is damaged.") from error
+    return one.is_same(other) if isinstance(one, Inline) and isinstance(other, Inline) else one == other

@@ -8,8 +8,9 @@ from chalicelib import jobs, media, r2
 from chalicelib.content import Content
 from chalicelib.errors import PermanentError, ServiceError, TransientError
 from chalicelib.fetch import Fetch
+from chalicelib.inline import Inline
 from chalicelib.jobs import Job
-from chalicelib.outputs import Findings, Inline, Link
+from chalicelib.outputs import Findings, Link
 from chalicelib.r2 import R2
 from chalicelib.runtime import Deadline
 

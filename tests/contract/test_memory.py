@@ -27,7 +27,8 @@ from datetime import timedelta
 from pathlib import Path
 from chalicelib import bootstrap, settings
 from chalicelib.jobs import Job
-from chalicelib.outputs import Findings, Inline, Link
+from chalicelib.inline import Inline
+from chalicelib.outputs import Findings, Link
 from chalicelib.runtime import Clock, Deadline
 
 def peak():  # MB since the last reset; not ru_maxrss, in which a larger parent is left over

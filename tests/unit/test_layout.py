@@ -11,7 +11,7 @@ SERVICE = ROOT / "chalicelib"
 # From the ground up; a module may import only from those in lines above its own.
 LAYERS = [
     {"errors"},
-    {"retry", "runtime", "settings", "connection", "video", "content"},
+    {"retry", "runtime", "settings", "connection", "video", "content", "inline"},
     {"wire", "auth", "jobs", "media"},
     {"d1", "runpod", "fetch", "r2", "outputs", "log"},
     {"store", "results"},

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chalicelib import outputs
+from chalicelib import inline, outputs
 from chalicelib.errors import PermanentError
-from chalicelib.outputs import Inline, Link
+from chalicelib.inline import Inline
+from chalicelib.outputs import Link
 from tests.shapes import A_PNG, HTML, PNG, PNG_2, ROWS, b64, data_url
 
 READ_ERRORS = {"no_output", "worker_failed", "base64_invalid", "unknown_type", "local_path", "link_scheme"}
@@ -54,7 +55,7 @@ def test_a_picture_under_a_result_name_hides_those_under_any_other():
 
 
 def test_base64_is_decoded_in_pieces(monkeypatch):
-    monkeypatch.setattr(outputs, "PIECE_CHARS", 40)
+    monkeypatch.setattr(inline, "PIECE_CHARS", 40)
     text = "\n".join(b64(PNG)[i : i + 7] for i in range(0, len(b64(PNG)), 7))
 
     pieces = list(Inline("data:image/png;base64," + text, start=22).pieces())
