@@ -202,16 +202,20 @@ def _found(job: Job | None) -> Job:
 
 
 def _view(current: Service, job: Job) -> Answer:
+    # Before the links are made, and cut to whole seconds as they are, so that none ends earlier than is said.
+    urls_expire_at = _expiry(current, job)
+    files = [{**file, "url": _url(current, file["url"], file["key"])} for file in job.files]
+    made = {file["key"]: file["url"] for file in files}
     return {
         "id": job.id,
         "status": job.status,
         "step": job.step,
         "prompt": job.prompt,
         "model": job.model,
-        "result_url": _url(current, job.result_url, job.result_r2_key),
+        "result_url": job.result_url or made.get(job.result_r2_key) or _url(current, None, job.result_r2_key),
         "result_r2_key": job.result_r2_key,
-        "outputs": [{**file, "url": _url(current, file["url"], file["key"])} for file in job.files],
-        "urls_expire_at": _expiry(current, job),
+        "outputs": files,
+        "urls_expire_at": urls_expire_at,
         "error": job.error_message,
         "error_code": job.error_code,
         "attempt": job.attempt,
@@ -241,7 +245,7 @@ def _expiry(current: Service, job: Job) -> str | None:
     urls = [(job.result_url, job.result_r2_key), *((file["url"], file["key"]) for file in job.files)]
     if all(url or not key or current.bucket.public_url(key) for url, key in urls):
         return None
-    return to_text(current.clock.now() + timedelta(seconds=PRESIGNED_SECONDS))
+    return to_text(current.clock.now().replace(microsecond=0) + timedelta(seconds=PRESIGNED_SECONDS))
 
 
 def _view_update(current: Service, job: Job) -> Answer:

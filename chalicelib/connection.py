@@ -5,7 +5,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 
 import requests
@@ -13,6 +12,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
+from urllib3.response import HTTPResponse
 
 POOL_SIZE = 32  # connections kept to one host; at least the number of threads that share the session
 
@@ -34,7 +34,7 @@ class Watch:
         self.stop()
         # A second handle on the same connection: TLS takes the first one away while it shakes hands.
         self._sock = socket.fromfd(sock.fileno(), sock.family, sock.type)
-        self._timer = threading.Timer(max(0.0, self._end - time.monotonic()), self._shut, (self._sock,))
+        self._timer = threading.Timer(max(0.0, self.left), self._shut, (self._sock,))
         self._timer.daemon = True
         self._timer.start()
 
@@ -42,6 +42,11 @@ class Watch:
         self.cut = True
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def left(self) -> float:
+        """Seconds until then; negative afterwards."""
+        return self._end - time.monotonic()
 
     def stop(self) -> None:
         """The exchange is over."""
@@ -78,6 +83,13 @@ class _HTTP(HTTPConnection):
             _watch(self.sock)
         super().request(*args, **kwargs)
 
+    def getresponse(self) -> HTTPResponse:  # type: ignore[override]  # as urllib3 itself does
+        # requests would parse cookies, though none is ever sent, and a header made for it keeps it busy for a minute.
+        response = super().getresponse()
+        message = getattr(response, "_original_response").msg  # noqa: B009, which mypy does not know of
+        del message["Set-Cookie"], message["Set-Cookie2"]
+        return response
+
     @property
     def is_connected(self) -> bool:
         # Where addresses are looked at, a kept connection would be one that was not looked at for this exchange.
@@ -94,6 +106,8 @@ class _HTTP(HTTPConnection):
         *others, last = resolve(self.host, self.port)
         try:
             for address in others:
+                if _current.watch is not None and _current.watch.left <= 0:
+                    break
                 self._dns_host = address
                 with contextlib.suppress(HTTPError):
                     return super()._new_conn()
@@ -133,7 +147,6 @@ class Session(requests.Session):
         super().__init__()
         # Neither ~/.netrc, which would replace our Authorization header, nor proxies from the environment.
         self.trust_env = False
-        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         for scheme in ("https://", "http://"):
             self.mount(scheme, _Adapter(pool_maxsize=POOL_SIZE, max_retries=0))
 

@@ -4,8 +4,10 @@ import hashlib
 import tempfile
 import threading
 from types import TracebackType
+from typing import IO
 
 from chalicelib.errors import PermanentError, TransientError
+from chalicelib.runtime import Deadline
 
 MAX_BYTES = 200_000_000  # of one file of a result
 IN_MEMORY_BYTES = 1_000_000  # a file over this lies on disk
@@ -18,11 +20,11 @@ _large = threading.BoundedSemaphore(1)
 class Content:
     """The bytes of one file, at most 200 MB. Closing it gives the disk back."""
 
-    def __init__(self, *, patience: float) -> None:
-        """An empty one, which waits at most `patience` seconds for its turn if it grows large."""
+    def __init__(self, deadline: Deadline) -> None:
+        """An empty one, which waits for its turn until the deadline if it grows large."""
         self.file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES)
         self.size = 0
-        self._patience = patience
+        self._deadline = deadline
         self._sha256 = hashlib.sha256()
         self._md5 = hashlib.md5(usedforsecurity=False)  # what R2's ETag of an object is
         self._is_large = False
@@ -33,9 +35,13 @@ class Content:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.file.close()
-        if self._is_large:
-            _large.release()
+        try:
+            self.file.close()
+        except OSError:  # what could not be written for want of room cannot be now either; the room is given back
+            pass
+        finally:
+            if self._is_large:
+                _large.release()
 
     @property
     def sha256(self) -> bytes:
@@ -61,14 +67,30 @@ class Content:
         try:
             self.file.write(piece)
         except OSError as error:
-            raise TransientError("result_no_room", "There is no room on disk for the result.") from error
+            raise _no_room() from error
         self._sha256.update(piece)
         self._md5.update(piece)
 
+    def rewind(self) -> IO[bytes]:
+        """The file, to be read from its beginning. Raises TransientError where there is no room for the rest of it."""
+        try:
+            self.file.seek(0)
+        except OSError as error:
+            raise _no_room() from error
+        return self.file
+
     def _take_turn(self) -> None:
-        if not _large.acquire(timeout=max(0.0, self._patience)):
-            raise TransientError("result_no_room", "Another large result had not been stored in time for this one.")
+        if not _large.acquire(timeout=max(0.0, self._deadline.left())):
+            raise TransientError(
+                "result_no_room",
+                "Another large result had not been stored in time for this one.",
+                service="result",
+            )
         self._is_large = True
+
+
+def _no_room() -> TransientError:
+    return TransientError("result_no_room", "There is no room on disk for the result.", service="result")
 
 
 def too_large() -> PermanentError:

@@ -1,5 +1,6 @@
 """Downloads a result from the link that a worker gave, which is not to be trusted."""
 
+import contextlib
 import ipaddress
 import re
 import socket
@@ -17,6 +18,7 @@ MAX_REDIRECTS = 5
 MAX_ADDRESSES = 4  # tried of one host
 # Neither compression nor a connection that is kept: the next link is to another host, or has to be looked at anew.
 HEADERS = {"Accept-Encoding": "identity", "Connection": "close"}
+COMPRESSIONS = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress"}
 EXPLANATION_BYTES = 4_000  # read of a refusal, to see if it says that the link has expired
 
 # Where clouds tell a machine its secrets: AWS (with ECS and EKS), most others at the first address too, Azure, Alibaba.
@@ -33,6 +35,10 @@ METADATA = frozenset(
     )
 )
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # a public IPv4 address, as a network with IPv6 only sees it
+
+# IPv6 has public addresses in one eighth only, of which the documentation's range is newer than Python's tables.
+PUBLIC = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("2000::/3"))
+DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")
 
 # What the resolver takes for an address, such as 2130706433 or 0177.1 for 127.0.0.1, though it looks like a name.
 ODD_HOST = re.compile(r"(0x[0-9a-f]*|[0-9]+)(\.(0x[0-9a-f]*|[0-9]+))*\.?", re.IGNORECASE)
@@ -54,11 +60,11 @@ class Guard:
 
         Raises Refused if only one of them is none of the public internet, TransientError if there is none.
         """
-        allowed = f"{host}:{port}" in self._allowed
-        if not allowed and not _is_address(host) and ODD_HOST.fullmatch(host):
+        literal = _address(host)
+        if literal is None and ODD_HOST.fullmatch(host):
             raise _refused("link_odd_host", "writes its host as a number", host)
-        addresses = _look_up(host, port)
-        for address in addresses if not allowed else []:
+        addresses = _look_up(host, port) if literal is None else [literal]
+        for address in addresses if f"{host}:{port}" not in self._allowed else []:
             if objection := _objection(address):
                 raise _refused(*objection, host)
         return [str(address) for address in addresses[:MAX_ADDRESSES]]
@@ -71,36 +77,36 @@ class Fetch:
         self._wire = wire
         self._clock = clock
 
-    def download(self, url: str, into: Content, *, timeout: float) -> None:
+    def download(self, url: str, into: Content, *, timeout: float) -> str | None:
         """
-        Write the file behind the link, over at most five redirects and within `timeout` seconds in all.
+        Write the file behind the link, over at most five redirects and within `timeout` seconds in all; its ETag.
 
         Raises PermanentError where the link can never be fetched, TransientError where it may be later.
         """
         deadline = Deadline(self._clock, timeout)
         for hop in range(MAX_REDIRECTS + 1):
             try:
-                target = self._visit(url, into, timeout=deadline.cap(timeout))
+                target, etag = self._visit(url, into, timeout=deadline.cap(timeout))
             except Refused as error:
                 raise (_redirected(error) if hop else error) from error
             if target is None:
-                return
+                return etag
             url = target
         raise PermanentError("redirect_loop", "The worker's link to the result redirects too often.", service="result")
 
-    def _visit(self, url: str, into: Content, *, timeout: float) -> str | None:
-        """Fetch the file, or return the address that the answer redirects to."""
+    def _visit(self, url: str, into: Content, *, timeout: float) -> tuple[str | None, str | None]:
+        """The address that the answer redirects to, or else, with the file written, its ETag."""
         _check_url(url)
         try:
             with self._wire.open("result", "GET", url, headers=HEADERS, timeout=timeout) as answer:
                 if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
-                    return _join(url, answer.headers["Location"])
+                    return _join(url, answer.headers["Location"]), None
                 if answer.status != 200:
                     raise _failure(answer, urlsplit(url).hostname)
                 _read(answer, into)
+                return None, answer.headers.get("ETag")
         except IndeterminateError as error:
             raise _broken_off(error, into) from error
-        return None
 
 
 def _check_url(url: str) -> None:
@@ -117,7 +123,8 @@ def _check_url(url: str) -> None:
 
 def _join(url: str, location: str) -> str:
     try:
-        return urljoin(url, location)
+        # http.client reads headers as Latin-1, and servers write them in UTF-8.
+        return urljoin(url, location.encode("latin-1").decode())
     except ValueError as error:
         raise _refused("redirect_refused", "redirects to what is no address") from error
 
@@ -125,19 +132,20 @@ def _join(url: str, location: str) -> str:
 def _look_up(host: str, port: int) -> list[IPv4Address | IPv6Address]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
+    except UnicodeError as error:
+        raise _refused("link_invalid", "is no address", host) from error
+    except OSError as error:
         raise TransientError(
             "result_unreachable", f"The host of the worker's link, {host}, has no address.", service="result"
         ) from error
     return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0])) for entry in found))
 
 
-def _is_address(host: str) -> bool:
+def _address(host: str) -> IPv4Address | IPv6Address | None:
     try:
-        ipaddress.ip_address(host.strip("[]"))
+        return ipaddress.ip_address(host.strip("[]"))
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _objection(address: IPv4Address | IPv6Address) -> tuple[str, str] | None:
@@ -153,7 +161,12 @@ def _objection(address: IPv4Address | IPv6Address) -> tuple[str, str] | None:
         return "link_loopback", "leads back to this machine"
     if address.is_link_local:
         return "link_link_local", "leads to a link-local address"
-    if not address.is_global or address.is_multicast:
+    if (
+        not address.is_global
+        or address.is_multicast
+        or address in DOCUMENTATION
+        or not any(address in network for network in PUBLIC)
+    ):
         return "link_private", "leads into a private network"
     return None
 
@@ -169,7 +182,7 @@ def _redirected(error: Refused) -> PermanentError:
 def _failure(answer: Stream, host: str | None) -> ServiceError:
     """What an answer means that is neither the file nor a redirect."""
     status, said = answer.status, f"The worker's link to {host} answered HTTP {answer.status}"
-    if status in (408, 425, 429) or status >= 500:
+    if status < 200 or status in (408, 425, 429) or status >= 500:
         return TransientError("result_unavailable", f"{said}.", service="result", retry_after=answer.retry_after)
     if status in (400, 401, 403) and b"expired" in _explanation(answer).lower():
         return PermanentError("link_expired", f"{said}: it has expired.", service="result")
@@ -182,24 +195,28 @@ def _failure(answer: Stream, host: str | None) -> ServiceError:
 
 def _explanation(answer: Stream) -> bytes:
     read = b""
-    for piece in answer.pieces(decode=False):
-        read += piece
-        if len(read) >= EXPLANATION_BYTES:
-            break
+    with contextlib.suppress(IndeterminateError):
+        for piece in answer.pieces(decode=False):
+            read += piece
+            if len(read) >= EXPLANATION_BYTES:
+                break
     return read[:EXPLANATION_BYTES]
 
 
 def _read(answer: Stream, into: Content) -> None:
     length = answer.headers.get("Content-Length")
-    # An encoding that was not asked for is how a few bytes become many; a picture does not get smaller by it.
-    if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
+    # Compression that was not asked for is how a few bytes become many; a picture does not get smaller by it.
+    if COMPRESSIONS & set(re.split(r"[\s,]+", answer.headers.get("Content-Encoding", "").lower())):
         raise PermanentError("result_compressed", "The worker's link answers compressed.", service="result")
-    if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+    lengths = set(re.split(r",\s*", length)) if length is not None else set()
+    if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
         raise PermanentError("result_bad_length", "The worker's link announces no valid length.", service="result")
-    if length is not None and int(length) > MAX_BYTES:
+    if any(int(length) > MAX_BYTES for length in lengths):
         raise too_large()
     for piece in answer.pieces(decode=False):
         into.write(piece)
+    if not into.size:
+        raise TransientError("link_not_found", "The worker's link leads to an empty file.", service="result")
 
 
 def _broken_off(error: IndeterminateError, into: Content) -> TransientError:

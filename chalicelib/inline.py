@@ -12,7 +12,7 @@ PIECE_CHARS = 1_000_000  # decoded at once; a multiple of four
 HEAD_CHARS = 8_000
 
 # Possessive, so that a text made for it cannot make this go over it again and again.
-BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]*+(?:=\s*+){0,2}+")
+BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]*+(?:=\s*+)*+")
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,9 @@ class Inline:
 
     @classmethod
     def of(cls, text: str) -> "Inline":
-        """The base64 in a data URL, or else the whole text."""
-        head, comma, _ = text[:200].lstrip().lower().partition(",")
-        is_data_url = comma and head.startswith("data:") and head.endswith(";base64")
-        return cls(text, text.index(",") + 1 if is_data_url else 0)
+        """The base64 after the head of a data URL, whole or in part, or else the whole text."""
+        head, comma, _ = text[:200].partition(",")
+        return cls(text, len(head) + 1 if comma and head.rstrip().lower().endswith("base64") else 0)
 
     @property
     def is_base64(self) -> bool:

@@ -349,9 +349,9 @@ def keep(job: Job, files: list[dict[str, Any]]) -> Job:
 def hold(job: Job, error: ServiceError, *, now: datetime, rng: Random) -> Change:
     """The result is there but could not be fetched or put: once more after a while."""
     failures = job.failures + 1
-    due_at = to_text(
-        now + timedelta(seconds=retry.seconds_to_wait(retry.STORE, failures, rng=rng, retry_after=error.retry_after))
-    )
+    # RunPod forgets the result in half an hour, whatever the host of a link asks for.
+    asked = None if error.retry_after is None else min(error.retry_after, retry.STORE.maximum)
+    due_at = to_text(now + timedelta(seconds=retry.seconds_to_wait(retry.STORE, failures, rng=rng, retry_after=asked)))
     return _move(
         job,
         "hold",

@@ -1,15 +1,17 @@
 """What a file is, by its first bytes, and how wide and high; never by its name or by what a server says of it."""
 
+import io
 from dataclasses import dataclass
 from typing import IO
 
 import filetype
 
-from chalicelib import video
+from chalicelib import boxes
 from chalicelib.content import Content
 from chalicelib.errors import PermanentError
 
 HEAD_BYTES = 8192  # enough for every magic number
+HEADER_BYTES = 1_000_000  # enough for the header of a picture, with its colour profile and what a camera adds
 
 # What is stored, and the ending and Content-Type it gets, by what the library calls it. Formats that are no result of
 # an image, video or audio worker are left out, and so is everything that a browser would run (SVG, HTML).
@@ -59,7 +61,16 @@ BRANDS = {
 
 # Two bytes are soon found in a text by chance; a real file of these has more than that to show.
 WEAK = {"image/bmp", "audio/mpeg", "audio/aac"}
-WEAK_BYTES = 512
+WEAK_BYTES = 128
+
+# Where the library looks at less than is always there.
+BEGINNINGS: dict[str, bytes | tuple[bytes, ...]] = {
+    "png": b"\x89PNG\r\n\x1a\n",
+    "gif": (b"GIF87a", b"GIF89a"),
+    "wav": b"RIFF",
+}
+
+MAX_SIDE = 65_535  # pixels; more is no size but other bytes
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,13 @@ def sniff(head: bytes) -> Kind | None:
     name = guess.mime if guess else _by_brand(head)
     if name not in KINDS or (name in WEAK and len(head) < WEAK_BYTES):
         return None
-    return Kind(*KINDS[name])
+    return Kind(*KINDS[name]) if head.startswith(BEGINNINGS.get(KINDS[name][0], b"")) else None
+
+
+def sort_of(head: bytes) -> str:
+    """Image, video or audio, by the first bytes; "" where it is none of them."""
+    kind = sniff(head)
+    return kind.content_type.partition("/")[0] if kind else ""
 
 
 def unknown_type() -> PermanentError:
@@ -97,35 +114,41 @@ def unknown_type() -> PermanentError:
 
 def identify(content: Content) -> Media:
     """What the file is. Raises PermanentError `unknown_type` where it is no image, video or audio."""
-    content.file.seek(0)
-    kind = sniff(content.file.read(HEAD_BYTES))
+    kind = sniff(content.rewind().read(HEAD_BYTES))
     if kind is None:
         raise unknown_type()
     size = _size(content, kind)
-    return Media(kind, *size) if size else Media(kind)
+    if size is None or not all(0 < side <= MAX_SIDE for side in size):
+        if kind.ending == "bmp":  # two letters and no size are any text
+            raise unknown_type()
+        return Media(kind)
+    return Media(kind, *size)
 
 
 def _by_brand(head: bytes) -> str:
-    if head[4:8] != b"ftyp" or len(head) < 16:
+    if head[4:8] != b"ftyp" or not 16 <= int.from_bytes(head[:4]) <= 1024:
         return ""
     return BRANDS.get(head[8:12], "video/mp4")
 
 
 def _size(content: Content, kind: Kind) -> tuple[int, int] | None:
-    file = content.file
-    file.seek(0)
-    if kind.ending in ("mp4", "m4v", "mov", "3gp"):
-        return video.size_of_mp4(file, content.size)
-    if kind.ending in ("webm", "mkv"):
-        return video.size_of_webm(file, content.size)
-    return _size_of_image(file) if kind.content_type.startswith("image/") else None
+    file = content.rewind()
+    try:
+        if kind.ending in ("mp4", "m4v", "mov", "3gp"):
+            return boxes.size_of_mp4(file, content.size)
+        if kind.ending in ("avif", "heic"):
+            return boxes.size_of_heif(file, content.size)
+        if kind.ending in ("webm", "mkv"):
+            return boxes.size_of_webm(file, content.size)
+        return _size_of_image(file, kind) if kind.content_type.startswith("image/") else None
+    except Exception:  # parsers on foreign bytes; without its size a picture is as good as ever
+        return None
 
 
-def _size_of_image(file: IO[bytes]) -> tuple[int, int] | None:
+def _size_of_image(file: IO[bytes], kind: Kind) -> tuple[int, int] | None:
     import imagesize  # here, because only a worker's result needs it
 
-    try:
-        width, height = imagesize.get(file)
-    except Exception:  # a foreign parser on foreign bytes; without its size a picture is as good as ever
-        return None
-    return (width, height) if width > 0 and height > 0 else None
+    # A TIFF may have its header at the end. Of the others a beginning is enough, and the library would read all of a
+    # file that has no header, byte by byte.
+    width, height = imagesize.get(file if kind.ending == "tiff" else io.BytesIO(file.read(HEADER_BYTES)))
+    return width, height

@@ -2,47 +2,80 @@
 What a worker's answer contains: the files in it, inline or as links, or what is there instead of them.
 
 Workers agree on nothing, so the whole answer is walked, and a value is believed for what it is rather than for the name
-it goes by. Names decide only what is looked at first, and what is never looked at because it may be a picture that the
-worker was given.
+it goes by. Names say only how likely it is that it is the result (its Rank), and what is the worker's input told back,
+which is never looked at.
 """
 
 import itertools
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 from chalicelib import media
 from chalicelib.errors import PermanentError
-from chalicelib.inline import HEAD_CHARS, Inline, damaged
+from chalicelib.inline import Inline, damaged
 
 # Bounds on an answer, which may be anything.
 MAX_DEPTH = 16
-MAX_VALUES = 20_000  # looked at
+MAX_VALUES = 100_000  # texts, lists, objects and names that are looked at
 MAX_FILES = 64
 MAX_LINK_CHARS = 8_000
 MAX_REASON_CHARS = 500
 EXCERPT_DEPTH = 4
 EXCERPT_PARTS = 10  # of a list or an object
 
-LEAST_BYTES = 32  # the smallest GIF has 35; a word may look like base64 of something
+LEAST_FILE_BYTES = 32  # the smallest GIF has 35; a word may look like base64 of something
+LEAST_CHARS_OF_NO_MEDIA = 1_000  # of base64 of something else; shorter ones are hashes, tokens and ids
 
-# Words of which the names of results are made, in the answers of the workers that there are.
+# Words of which names are made, in the answers of the workers that there are. Those of results:
 RESULT_WORDS = frozenset(
-    "image images img picture pictures photo photos video videos audio audios gif gifs animation media frame frames "
-    "file files artifact artifacts sample samples generation generations result results output outputs data base64 "
-    "b64 content url urls uri link links src".split()
+    "image images img imgs imageurl picture pictures photo photos video videos videourl audio audios audiourl gif gifs "
+    "animation media frame frames file files artifact artifacts sample samples generation generations result results "
+    "output outputs data base64 b64 content url urls uri link links src".split()
 )
-# Names whose values are the worker's input, told back.
-INPUT_NAMES = re.compile(r"(inputs?|init|param|params|parameters|prompt|workflow|webhook|request|info)([^a-z]|$)")
-# Names of files that are there beside the result.
-SIDE_WORDS = frozenset("mask control source reference original thumbnail preview".split())
+# of the worker's input told back, and of its errors, where they do not say too that it is an output or a result:
+INPUT_WORDS = frozenset(
+    "input inputs init param params parameters prompt prompts workflow webhook request info args settings options "
+    "config error errors traceback log logs".split()
+)
+OUTPUT_WORDS = frozenset("output outputs result results".split())
+# of pictures that are there beside the result, or went into it:
+SIDE_WORDS = frozenset(
+    "mask control source reference ref original thumbnail thumb preview start end face target style pose "
+    "garment".split()
+)
+# of links that are to something else:
+OTHER_LINK_WORDS = frozenset(
+    "status response cancel callback doc docs model lora checkpoint license terms help logo homepage support".split()
+)
+PLACE_WORDS = RESULT_WORDS | {"path", "paths", "filename", "filenames"}
 
 LINK = re.compile(r"https?://\S++", re.IGNORECASE)
-OTHER_SCHEME = re.compile(r"(?!data:)[a-z][a-z0-9+.-]++:/", re.IGNORECASE)
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif", ".mp4", ".webm", ".mov", ".mkv", ".mp3", ".wav", ".flac")
+LINK_IN_TEXT = re.compile(r"https?://[^\s\"'<>()\[\]]++", re.IGNORECASE)
+BETWEEN_LINKS = re.compile(r"[\s,]++(?=https?://)", re.IGNORECASE)
+OTHER_SCHEME = re.compile(r"(?!data:|https?:)[a-z][a-z0-9+.-]++:/", re.IGNORECASE)
+SORT_OF_ENDING = {f".{ending}": mime.partition("/")[0] for ending, mime in media.KINDS.values()} | {
+    ".jpeg": "image",
+    ".tif": "image",
+    ".opus": "audio",
+}
+ENDINGS = tuple(SORT_OF_ENDING)
 WORKERS_DISK = ("/", "./", "simulated_uploaded/", "local_upload/")  # the last two are what RunPod's SDK says there
-FAILED = ("error", "failed", "failure")
+FAILED = ("error", "failed", "failure", "fail", "cancelled", "canceled")
+FAILED_TEXT = re.compile(r"(error|failed|failure)\b\s*:", re.IGNORECASE)
+
+
+class Rank(IntEnum):
+    """How likely it is, by the names on the way to it, that a value is the result; the smaller the likelier."""
+
+    RESULT = 0
+    RESULT_INSIDE = 1  # under a name that says nothing
+    UNNAMED = 2
+    SIDE = 3
 
 
 @dataclass(frozen=True)
@@ -67,13 +100,16 @@ def read(output: Any) -> Findings:
     Raises PermanentError where there are none: `worker_failed` with the worker's own words if it gave any, else what is
     wrong with what it gave (`base64_invalid`, `unknown_type`, `link_scheme`, `local_path`), else `no_output`.
     """
-    output = _parsed(output)
-    for everything in (False, True):
-        search = _Search(everything=everything)
-        search.walk(output, "output")
-        if search.files:
-            return Findings(tuple(search.files), tuple(search.problems))
-    raise search.problems[0] if search.problems else _nothing(output)
+    search = _Search()
+    search.walk(output, Rank.RESULT, "output", MAX_DEPTH)
+    files = list(search.choose())
+    if not files:
+        raise search.problems[0] if search.problems else _nothing(output)
+    # The name that a file had on the worker's disk is no problem once it is here.
+    problems = [error for error in search.problems if error.code != "local_path"]
+    if len(files) > MAX_FILES:
+        problems.append(_error("too_many_files", f"The result has more than {MAX_FILES} files; the rest was left out."))
+    return Findings(tuple(files[:MAX_FILES]), tuple(problems))
 
 
 def excerpt(output: Any) -> str:
@@ -84,98 +120,103 @@ def excerpt(output: Any) -> str:
         text = json.dumps(_abridged(output, EXCERPT_DEPTH), ensure_ascii=False)
     except (ValueError, RecursionError):
         return ""
-    return text[:MAX_REASON_CHARS].encode("utf-8", "replace").decode()
+    return _clean(text[:MAX_REASON_CHARS])
 
 
 class _Search:
-    """One walk over an answer: through what is named like a result, or through everything but the worker's input."""
+    """One walk over an answer, which gathers all that is a file and all that should have been one."""
 
-    def __init__(self, *, everything: bool) -> None:
-        self.files: list[Inline | Link] = []
+    def __init__(self) -> None:
         self.problems: list[PermanentError] = []
-        self._everything = everything
+        self._found: list[tuple[Rank, Inline | Link]] = []
         self._values_left = MAX_VALUES
 
-    def walk(self, value: Any, name: str, depth: int = MAX_DEPTH) -> None:
+    def choose(self) -> Iterator[Inline | Link]:
+        """The files that are the result, in the order of the answer, each once."""
+        ranks = {rank for rank, _ in self._found}
+        failed = any(error.code == "worker_failed" for error in self.problems)
+        named = [file for rank, file in self._found if rank <= Rank.RESULT_INSIDE]
+        if failed or any(isinstance(file, Inline) for file in named):
+            most = Rank.RESULT_INSIDE  # what else there is beside an error is likelier to be what the worker was given
+        elif ranks - {Rank.SIDE} or self.problems:
+            most = Rank.UNNAMED
+        else:
+            most = Rank.SIDE
+        return _once(file for rank, file in self._found if rank <= most)
+
+    def walk(self, value: Any, rank: Rank, name: str, depth: int) -> None:
         """Look at a value and at all that is in it."""
         self._values_left -= 1
         if depth == 0 or self._values_left < 0:
             return
         if isinstance(value, str):
-            self._add(self._read_text(value, name))
+            self._walk_text(value, rank, name, depth)
         elif isinstance(value, dict):
-            self._walk_object(value, depth)
+            self._walk_object(value, rank, name, depth)
         elif isinstance(value, list):
-            for part in value[: self._values_left]:
-                self.walk(part, name, depth - 1)
+            for part in value:
+                if isinstance(part, (str, dict, list)):  # not numbers: a worker may return a million of them
+                    self.walk(part, rank, name, depth - 1)
 
-    def _walk_object(self, entry: dict[str, Any], depth: int) -> None:
+    def _walk_text(self, text: str, rank: Rank, name: str, depth: int) -> None:
+        if text[:2] in ("b'", 'b"') or text[:1] in ("'", '"'):  # what str() of bytes and a second JSON leave around it
+            text = text.removeprefix("b").strip("'\"")
+        if text.lstrip()[:1] in ("{", "["):  # some workers return their object, or parts of it, as JSON in a text
+            try:
+                inside = json.loads(text)
+            except (ValueError, RecursionError):
+                return
+            self.walk(inside, rank, name, depth - 1)
+            return
+        self._found += [(_rank_of(file, rank, name), file) for file in self._read_text(text, name)]
+
+    def _walk_object(self, entry: dict[str, Any], rank: Rank, name: str, depth: int) -> None:
         if reason := _reported_error(entry):
             self._trouble(_reported(reason))
-        names = [name for name in itertools.islice(entry, self._values_left) if self._is_looked_at(name)]
-        files = self._files_of(entry, names)
-        for name in names:
-            if name in files:
-                self._add(files[name])
-            elif not isinstance(entry[name], str):
-                self.walk(entry[name], name, depth - 1)
+        names = list(itertools.islice(entry, max(0, self._values_left)))
+        self._values_left -= len(names)
+        before = len(self._found)
+        for inner in names:
+            value = entry[inner]
+            known_as = name if inner.isdigit() else inner  # ComfyUI's results go by the numbers of their nodes
+            if isinstance(value, (str, dict, list)) and not _is_input(known_as):
+                self.walk(value, _rank(known_as, rank), known_as, depth - 1)
+        texts = {inner: entry[inner] for inner in names if isinstance(entry[inner], str)}
+        self._found[before:] = _without_twins(self._found[before:], texts)
 
-    def _files_of(self, entry: dict[str, Any], names: list[str]) -> dict[str, Inline | Link]:
-        """The files that stand in an object itself, by name."""
-        known = len(self.problems)
-        read = {name: self._read_text(entry[name], name) for name in names if isinstance(entry[name], str)}
-        files = {name: file for name, file in read.items() if file}
-        if files:  # the name it had on the worker's disk is no second file
-            self.problems[known:] = [error for error in self.problems[known:] if error.code != "local_path"]
-        # An inline file and a link in one object are the same file twice; the link may even lead nowhere from here.
-        inline = {_sort_of(name) for name, file in files.items() if isinstance(file, Inline)}
-        return {name: file for name, file in files.items() if not (isinstance(file, Link) and _sort_of(name) in inline)}
-
-    def _is_looked_at(self, name: str) -> bool:
-        if INPUT_NAMES.match(_words(name)):
-            return False
-        words = set(_words(name).split("_"))
-        return self._everything or bool(words & RESULT_WORDS and not words & SIDE_WORDS)
-
-    def _add(self, file: Inline | Link | None) -> None:
-        if file is None or any(_same(file, known) for known in self.files):
-            return
-        if len(self.files) < MAX_FILES:
-            self.files.append(file)
-        elif len(self.files) == MAX_FILES:
-            sentence = f"The result has more than {MAX_FILES} files; the rest was left out."
-            self._trouble(_error("too_many_files", sentence))
-
-    def _read_text(self, text: str, name: str) -> Inline | Link | None:
-        self._values_left -= 1
-        if len(text) <= MAX_LINK_CHARS and LINK.fullmatch(text.strip()):
-            return Link(text.strip()) if self._is_followed(text.strip(), name) else None
+    def _read_text(self, text: str, name: str) -> list[Inline | Link]:
         inline = Inline.of(text)
         head = inline.head
-        kind = media.sniff(head) if len(head) >= LEAST_BYTES else None
+        kind = media.sniff(head) if len(head) >= LEAST_FILE_BYTES else None
         if kind and inline.is_base64:
-            return inline
+            return [inline]
         if kind or (inline.start and not head):
             self._trouble(damaged())
-        elif inline.start or (len(text) > HEAD_CHARS and inline.is_base64):
+        elif inline.start or (len(text) > LEAST_CHARS_OF_NO_MEDIA and " " not in text and inline.is_base64):
             self._trouble(media.unknown_type())
-        else:
-            self._read_place(text.strip())
-        return None
+        elif len(text) <= MAX_LINK_CHARS:
+            return self._read_place(text.strip(), name)
+        return []
 
-    def _is_followed(self, url: str, name: str) -> bool:
-        # Under any name at all a link may be to a manual or to a model.
-        return not self._everything or name == "message" or url.lower().partition("?")[0].endswith(ENDINGS)
+    def _read_place(self, text: str, name: str) -> list[Inline | Link]:
+        """Where the text says that files are."""
+        if _words(name) & OTHER_LINK_WORDS:
+            return []
+        if LINK.match(text):
+            return [Link(re.sub(r"\s", "%20", link)) for link in BETWEEN_LINKS.split(text) if LINK.match(link)]
+        if FAILED_TEXT.match(text):
+            self._trouble(_reported(_short(text)))
+        elif len(text.split()) != 1:
+            return [Link(link) for link in LINK_IN_TEXT.findall(text) if _sort_of(link)]
+        elif _words(name) & PLACE_WORDS:
+            self._note_place(text)
+        return []
 
-    def _read_place(self, text: str) -> None:
+    def _note_place(self, text: str) -> None:
         """A place that only the worker can reach."""
-        if len(text) > MAX_LINK_CHARS:
-            return
         if OTHER_SCHEME.match(text):
             self._trouble(_error("link_scheme", f"RunPod's worker gave an address that is not http(s): {text[:100]}"))
-        elif text.startswith("FAILED"):
-            self._trouble(_reported(_short(text)))
-        elif len(text.split()) == 1 and (text.startswith(WORKERS_DISK) or text.lower().endswith(ENDINGS)):
+        elif text.lower().endswith(ENDINGS) or (text.startswith(WORKERS_DISK) and len(text) <= 100):
             place = f"RunPod's worker returned a path on its own disk ({text[:100]})"
             self._trouble(_error("local_path", f"{place}; have it return the file, or give it a bucket."))
 
@@ -185,9 +226,54 @@ class _Search:
             self.problems.insert(0 if error.code == "worker_failed" else len(self.problems), error)
 
 
+def _without_twins(found: list[tuple[Rank, Inline | Link]], texts: dict[str, str]) -> list[tuple[Rank, Inline | Link]]:
+    """
+    What was found in an object, without links that are the same file as one that stands in it inline.
+
+    Such a link may even lead nowhere from here. A sibling with another number, or of another sort, is no twin.
+    """
+    names = {text.strip(): name for name, text in texts.items()}
+    inline = {
+        names[file.text.strip()]: media.sort_of(file.head)
+        for _, file in found
+        if isinstance(file, Inline) and file.text.strip() in names
+    }
+    return [(rank, file) for rank, file in found if not (isinstance(file, Link) and _is_twin(file, names, inline))]
+
+
+def _is_twin(link: Link, names: dict[str, str], inline: dict[str, str]) -> bool:
+    name = names.get(link.url)
+    if name is None:
+        return False
+    sort = next((word for word in ("video", "audio") if word in name.lower()), None) or _sort_of(link.url)
+    return any(
+        sort in (None, other) and not (_is_numbered(name) or _is_numbered(known)) for known, other in inline.items()
+    )
+
+
+def _is_numbered(name: str) -> bool:
+    return name[-1:].isdigit() and not name.endswith("64")
+
+
+def _once(files: Iterable[Inline | Link]) -> Iterator[Inline | Link]:
+    seen: list[Inline | Link] = []
+    for file in files:
+        if len(seen) <= MAX_FILES and not any(_same(file, known) for known in seen):
+            seen.append(file)
+            yield file
+
+
+def _same(one: Inline | Link, other: Inline | Link) -> bool:
+    return one.is_same(other) if isinstance(one, Inline) and isinstance(other, Inline) else one == other
+
+
+def _clean(text: str) -> str:
+    # JSON may hold half a character and a NUL, which nothing that has to be written down may.
+    return text.replace("\0", "").encode("utf-8", "replace").decode()
+
+
 def _error(code: str, sentence: str) -> PermanentError:
-    # JSON may hold half a character, which nothing that has to be written down may.
-    return PermanentError(code, sentence.encode("utf-8", "replace").decode(), service="runpod")
+    return PermanentError(code, _clean(sentence), service="runpod")
 
 
 def _reported(reason: str) -> PermanentError:
@@ -198,20 +284,10 @@ def _nothing(output: Any) -> PermanentError:
     if output in (None, "", [], {}):
         return _error(
             "no_output",
-            "RunPod's worker finished but returned nothing. RunPod also drops a result that is too large for it; if that "
-            "may be, have the worker return a link.",
+            "RunPod's worker finished but returned nothing. RunPod also drops a result that is too large for it; if "
+            "that may be, have the worker return a link.",
         )
     return _error("no_output", "RunPod's worker finished but returned no file.")
-
-
-def _parsed(output: Any) -> Any:
-    """Some workers return their object as JSON in a text."""
-    if isinstance(output, str) and output[:1] in "{[":
-        try:
-            return json.loads(output)
-        except (ValueError, RecursionError):
-            return output
-    return output
 
 
 def _abridged(value: Any, depth: int) -> Any:
@@ -222,35 +298,55 @@ def _abridged(value: Any, depth: int) -> Any:
     if depth == 0:
         return "…"
     if isinstance(value, dict):
-        return {name: _abridged(value[name], depth - 1) for name in itertools.islice(value, EXCERPT_PARTS)}
+        return {name[:100]: _abridged(value[name], depth - 1) for name in itertools.islice(value, EXCERPT_PARTS)}
     return [_abridged(part, depth - 1) for part in value[:EXCERPT_PARTS]]
 
 
 def _reported_error(entry: dict[str, Any]) -> str:
     """The worker's words where it says that something failed, "" where it does not."""
-    status = entry.get("status")
-    failed = entry.get("success") is False or (isinstance(status, str) and status.lower() in FAILED)
     for name in ("error", "errors", "error_message"):
-        if entry.get(name):
+        if entry.get(name) and entry[name] not in (True, "None", "null"):
             return _short(entry[name])
-    return (_short(entry.get("message") or entry.get("detail")) or "it gave no reason") if failed else ""
+    states = [entry.get("status"), entry.get("state")]
+    failed = any(isinstance(state, str) and state.lower() in FAILED for state in states)
+    if failed or entry.get("error") is True or any(entry.get(name) in (False, "false") for name in ("success", "ok")):
+        words = (entry.get(name) for name in ("message", "detail", "reason"))
+        return _short(next((word for word in words if word), "it gave no reason"))
+    return ""
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else excerpt(value) if value else ""
-    return text[:MAX_REASON_CHARS]
+    return (value if isinstance(value, str) else excerpt(value))[:MAX_REASON_CHARS]
 
 
-def _words(name: str) -> str:
-    """imageUrl, image-url and IMAGE_URL are image_url."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z0-9]+", "_", name[:100])
-    return spaced.strip("_").lower()
-
-
-def _sort_of(name: str) -> str:
+def _rank(name: str, above: Rank) -> Rank:
     words = _words(name)
-    return next((sort for sort in ("video", "audio") if sort in words), "image")
+    if words & SIDE_WORDS:
+        return Rank.SIDE
+    if words & RESULT_WORDS:
+        return Rank.RESULT_INSIDE if above is Rank.UNNAMED else above
+    return max(above, Rank.UNNAMED)
 
 
-def _same(one: Inline | Link, other: Inline | Link) -> bool:
-    return one.is_same(other) if isinstance(one, Inline) and isinstance(other, Inline) else one == other
+def _rank_of(file: Inline | Link, rank: Rank, name: str) -> Rank:
+    """The rank of what was found there: a link that neither name nor ending call a file is the last to be followed."""
+    sure = isinstance(file, Inline) or _sort_of(file.url) or _words(name) & (RESULT_WORDS | {"message"})
+    return rank if sure else Rank.SIDE
+
+
+def _is_input(name: str) -> bool:
+    words = _words(name)
+    return bool(words & INPUT_WORDS and not words & OUTPUT_WORDS)
+
+
+@lru_cache(maxsize=1_000)
+def _words(name: str) -> frozenset[str]:
+    """The words of a name, without numbers: imageUrl2, image-url and IMAGE_URL have image and url."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z0-9]+", " ", name[:100]).lower()
+    return frozenset(word if word in ("base64", "b64") else word.rstrip("0123456789") for word in spaced.split())
+
+
+def _sort_of(link: str) -> str | None:
+    """Image, video or audio, by a link's ending; None where that does not say."""
+    path = link.lower().partition("?")[0].partition("#")[0]
+    return next((sort for ending, sort in SORT_OF_ENDING.items() if path.endswith(ending)), None)

@@ -3,10 +3,11 @@
 import base64
 import contextlib
 import hashlib
+import io
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from chalicelib.content import SMALL_BYTES, Content
@@ -18,6 +19,7 @@ CONNECT_TIMEOUT = 2  # seconds
 READ_TIMEOUT = 5  # seconds of silence
 CALL_SECONDS = CONNECT_TIMEOUT + READ_TIMEOUT  # that a call may last which R2 does not answer
 PIECE_BYTES = 65_536
+MAX_KEY_BYTES = 1024
 
 # A file over SMALL_BYTES goes up in parts, which R2 wants equal but for the last, and of 5 MiB at least. Only one such
 # file is under way at a time, so that one part is all the memory this takes.
@@ -30,6 +32,20 @@ class Source:
 
     key: str
     etag: str
+
+
+class _Body:
+    """A file on its way up; R2 may read it as slowly as it likes, but not beyond the deadline."""
+
+    def __init__(self, file: IO[bytes], deadline: Deadline) -> None:
+        self._file = file
+        self._deadline = deadline
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if self._deadline.left() <= 0:
+            raise TimeoutError("the time for the upload is over")
+        return self._file.read(size)
 
 
 class R2:
@@ -51,8 +67,8 @@ class R2:
         Store the object, in parts where it is large; a repeat overwrites it with the same.
 
         It is there as it was sent when this returns: R2 has compared what arrived with our checksums, and has told its
-        size and checksum. One try; no call is begun that could last beyond the deadline. Raises TransientError or
-        PermanentError.
+        size and checksum. One try; no call is begun that R2 could leave unanswered beyond the deadline. Raises
+        TransientError or PermanentError.
         """
         headers = {"ContentType": content_type, "CacheControl": CACHE_CONTROL}
         put = self._put_parts if content.size > SMALL_BYTES else self._put_whole
@@ -109,15 +125,15 @@ class R2:
         bases = [f"{self._endpoint_url}/{self._bucket}/", f"{scheme}://{self._bucket}.{host}/"]
         if self._public_base_url:
             bases.append(f"{self._public_base_url}/")
-        return next((unquote(link[len(base) :]) for base in bases if link.startswith(base)), None) or None
+        key = next((unquote(link[len(base) :]) for base in bases if link.startswith(base)), "")
+        return key if key and key.isprintable() and len(key.encode("utf-8", "replace")) <= MAX_KEY_BYTES else None
 
     def _put_whole(self, key: str, content: Content, headers: dict[str, str], deadline: Deadline) -> str:
-        content.file.seek(0)
         self._call(
             "put_object",
             deadline,
             Key=key,
-            Body=content.file,
+            Body=_Body(content.rewind(), deadline),
             ContentLength=content.size,
             ChecksumSHA256=base64.b64encode(content.sha256).decode(),
             **headers,
@@ -140,12 +156,20 @@ class R2:
         self, upload: dict[str, str], content: Content, deadline: Deadline
     ) -> tuple[list[dict[str, Any]], list[bytes]]:
         parts, digests = [], []
-        content.file.seek(0)
-        while part := content.file.read(PART_BYTES):
+        file = content.rewind()
+        while part := file.read(PART_BYTES):
             digests.append(_md5(part))
             checksum = base64.b64encode(digests[-1]).decode()
             number = len(digests)
-            answer = self._call("upload_part", deadline, **upload, PartNumber=number, Body=part, ContentMD5=checksum)
+            answer = self._call(
+                "upload_part",
+                deadline,
+                **upload,
+                PartNumber=number,
+                Body=_Body(io.BytesIO(part), deadline),
+                ContentLength=len(part),
+                ContentMD5=checksum,
+            )
             parts.append({"PartNumber": number, "ETag": answer["ETag"]})
         return parts, digests
 
@@ -159,13 +183,15 @@ class R2:
         from botocore.exceptions import BotoCoreError, ClientError
 
         if deadline.left() < CALL_SECONDS:
-            raise TransientError("r2_too_slow", "The time was over before R2 had the file.", service="r2")
+            raise _too_slow()
         try:
             return getattr(self._s3(), operation)(Bucket=self._bucket, **params)
         except ClientError as error:
             raise _failure(error.response) from error
         except BotoCoreError as error:
             raise _no_answer() from error
+        except TimeoutError as error:  # of a _Body that boto3 reads to sign it
+            raise _too_slow() from error
 
     def _s3(self) -> Any:
         with self._making:  # boto3's default session is not made for several threads at once
@@ -207,6 +233,10 @@ def _drop_expect(request: Any, **_: Any) -> None:
 
 def _md5(content: bytes) -> bytes:
     return hashlib.md5(content, usedforsecurity=False).digest()
+
+
+def _too_slow() -> TransientError:
+    return TransientError("r2_too_slow", "The time was over before R2 had the file.", service="r2")
 
 
 def _no_answer() -> TransientError:

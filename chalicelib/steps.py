@@ -64,6 +64,8 @@ class Steps:
             found = outputs.read(answer.output)
             kept = self.results.keep(job, found, deadline.less(SAVE_RESERVE), age=self._age_of_result(job))
         except PermanentError as error:
+            if job.files:  # of an earlier try, when RunPod's answer was still another
+                return jobs.finish(job, problems=[error], now=self.clock.now())
             return jobs.fail(job, error, output=outputs.excerpt(answer.output), now=self.clock.now())
         job = jobs.keep(job, kept.files)
         if kept.error:
@@ -74,6 +76,10 @@ class Steps:
         """The change for a result that could not be stored now: later again, or given up."""
         now = self.clock.now()
         if self._age_of_result(job) > LAST_TRY:
+            # Files that the worker's host or RunPod never gave take nothing from those that are there; what failed here
+            # or in R2 can be mended.
+            if job.files and error.service in ("result", "runpod"):
+                return jobs.finish(job, problems=[error], now=now)
             return jobs.bury(job, error, now=now)
         return jobs.hold(job, error, now=now, rng=self.rng)
 
@@ -129,7 +135,9 @@ class Steps:
         answer = self._ask(job, deadline, reserve=STORE_RESERVE)
         if answer.verdict is Verdict.NOT_FOUND:
             # It was there; a single 404 is no proof that it is gone, and trying again costs nothing.
-            raise TransientError("result_lost", "RunPod no longer finds the result, which is not yet stored.")
+            raise TransientError(
+                "result_lost", "RunPod no longer finds the result, which is not yet stored.", service="runpod"
+            )
         if answer.verdict is not Verdict.COMPLETED:
             raise TransientError(
                 "runpod_bad_answer", f"RunPod says {answer.status} of a run that it had completed.", service="runpod"

@@ -11,8 +11,9 @@ SERVICE = ROOT / "chalicelib"
 # From the ground up; a module may import only from those in lines above its own.
 LAYERS = [
     {"errors"},
-    {"retry", "runtime", "settings", "connection", "video", "content", "inline"},
-    {"wire", "auth", "jobs", "media"},
+    {"retry", "runtime", "settings", "connection", "boxes", "inline"},
+    {"wire", "auth", "jobs", "content"},
+    {"media"},
     {"d1", "runpod", "fetch", "r2", "outputs", "log"},
     {"store", "results"},
     {"steps"},

@@ -71,10 +71,38 @@ def test_base64_that_ends_in_the_middle_of_a_byte_is_an_error():
     assert caught.value.code == "base64_invalid"
 
 
+@pytest.mark.parametrize("text", ["half a character \ud800", "a NUL \0 in it"])
+def test_the_workers_words_can_be_written_down(text):
+    found = read({"error": text})
+
+    assert found.sentence.encode().isascii()
+    assert "\0" not in found.sentence
+    assert "\0" not in outputs.excerpt({"note": text})
+    outputs.excerpt({text: text}).encode()
+
+
+def test_the_workers_words_come_first():
+    found = outputs.read({"images": [b64(PNG), b64(PNG_2)[:80] + "*"], "errors": ["x" * 10_000]})
+
+    assert [error.code for error in found.problems] == ["worker_failed", "base64_invalid"]
+    assert len(found.problems[0].sentence) < 600
+
+
+def test_a_depth_that_is_real_is_reached_and_no_more():
+    def within(levels):
+        output = b64(PNG)
+        for _ in range(levels):
+            output = [output]
+        return output
+
+    assert contents(outputs.read(within(outputs.MAX_DEPTH - 1)).files) == [PNG]
+    assert read(within(outputs.MAX_DEPTH)).code == "no_output"
+
+
 def test_more_files_than_a_job_may_have_are_left_out_and_said_so():
     found = outputs.read([f"https://results.example/{number}.png" for number in range(100)])
 
-    assert len(found.files) == outputs.MAX_FILES
+    assert [file.url for file in found.files] == [f"https://results.example/{number}.png" for number in range(64)]
     assert [error.code for error in found.problems] == ["too_many_files"]
 
 
@@ -104,8 +132,25 @@ for _ in range(10_000):
         [{"errors": [{"errors": [["x"] * 50] * 50}] * 50}] * 1_000,
         {str(number): {"status": "error"} for number in range(100_000)},
         [data_url(PNG)[:-10] + str(number).zfill(10) for number in range(5_000)],
+        [{f"{n}-{number}": number for number in range(5_000)} for n in range(200)],
+        [{"status": "error", "message": f"{n}"} for n in range(50_000)],
+        {"message": "https://a " * 800_000},
     ],
-    ids=["deep", "spaces", "letters", "padding", "data", "links", "lists", "errors", "wide", "alike"],
+    ids=[
+        "deep",
+        "spaces",
+        "letters",
+        "padding",
+        "data",
+        "links",
+        "lists",
+        "errors",
+        "wide",
+        "alike",
+        "distinct",
+        "words",
+        "sentences",
+    ],
 )
 def test_an_answer_made_to_take_long_does_not(output):
     start = time.process_time()

@@ -8,11 +8,11 @@ import requests
 from botocore.exceptions import EndpointConnectionError
 
 from chalicelib import r2
-from chalicelib.content import SMALL_BYTES, Content
+from chalicelib.content import SMALL_BYTES
 from chalicelib.errors import PermanentError, TransientError
 from chalicelib.r2 import PART_BYTES, R2
 from chalicelib.runtime import Deadline
-from tests.conftest import BUCKET, R2_ENDPOINT, put
+from tests.conftest import BUCKET, R2_ENDPOINT, new_content, put
 from tools.cloud import Answer
 
 LARGE = b"0123456789abcdef" * (SMALL_BYTES // 16) + b"and a little more"
@@ -127,6 +127,21 @@ def test_what_arrived_damaged_is_never_taken_for_stored(served, cloud_server, mo
     assert caught.value.code == "r2_mismatch"
 
 
+def test_a_length_that_is_another_one_is_not_taken_for_stored(served, cloud_server, monkeypatch):
+    read = cloud_server.cloud.r2.read
+
+    def longer(key, *, head=False):
+        found = read(key, head=head)
+        return dataclasses.replace(found, headers={**found.headers, "Content-Length": "8"})
+
+    monkeypatch.setattr(cloud_server.cloud.r2, "read", longer)
+
+    with pytest.raises(TransientError) as caught:
+        put(served, "k", b"picture")
+
+    assert caught.value.code == "r2_mismatch"
+
+
 @pytest.mark.parametrize("data", [b"picture", LARGE], ids=["whole", "parts"])
 def test_what_is_damaged_on_its_way_is_refused_by_r2(served, cloud_server, monkeypatch, data):
     handle = cloud_server.cloud.handle
@@ -177,11 +192,29 @@ def test_no_call_begins_that_could_last_beyond_the_deadline(bucket, sent, data):
 
 
 @pytest.mark.parametrize("data", [b"picture", LARGE], ids=["whole", "parts"])
+def test_a_body_that_r2_takes_too_slowly_is_not_sent_beyond_the_deadline(served, cloud_server, clock, data):
+    class Slow(Deadline):
+        """Is over as soon as the body has begun."""
+
+        calls = 0
+
+        def left(self):
+            self.calls += 1
+            return 60.0 if self.calls < 3 else -1.0
+
+    with new_content() as content:
+        content.write(data)
+        with pytest.raises(TransientError):
+            served.put("k", content, content_type="image/png", deadline=Slow(clock, 60.0))
+        assert cloud_server.cloud.r2.read("k") is None
+
+
+@pytest.mark.parametrize("data", [b"picture", LARGE], ids=["whole", "parts"])
 def test_an_object_of_the_bucket_is_copied_there(served, cloud_server, clock, data):
     put(served, "worker/a b.png", data)
     deadline = Deadline(clock, 60.0)
 
-    with Content(patience=1.0) as content:
+    with new_content() as content:
         with served.read("worker/a b.png", deadline=deadline) as (source, pieces):
             for piece in pieces:
                 content.write(piece)
@@ -197,7 +230,7 @@ def test_an_object_that_has_changed_since_it_was_read_is_not_copied(served, clou
     put(served, "a.png", b"picture")
     deadline = Deadline(clock, 60.0)
 
-    with Content(patience=1.0) as content:
+    with new_content() as content:
         with served.read("a.png", deadline=deadline) as (source, pieces):
             content.write(b"".join(pieces))
         put(served, "a.png", b"another")
@@ -224,6 +257,8 @@ def test_an_object_that_is_not_there_is_a_link_to_nothing(bucket, clock):
         ("{public}/a.png#top", "a.png"),
         ("{endpoint}/{bucket}-2/a.png", None),
         ("{endpoint}/{bucket}/", None),
+        ("{endpoint}/{bucket}/" + "a" * 1025, None),
+        ("{endpoint}/{bucket}/a%00b", None),
         ("https://elsewhere.example/{bucket}/a.png", None),
         ("https://elsewhere.example/?u={endpoint}/{bucket}/a.png", None),
     ],

@@ -6,8 +6,9 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from chalicelib import bootstrap, media, settings
+from chalicelib import bootstrap, jobs, media, settings
 from chalicelib.content import Content
+from chalicelib.errors import TransientError
 from tests.conftest import BUCKET, R2_ENDPOINT, put
 from tests.shapes import A_JPG, A_MP4, A_PNG, B_PNG, JPEG, LINKS, MP4, PNG, PNG_2, PNG_3, ROWS, WEBP, b64
 
@@ -24,8 +25,8 @@ def bench(bench, wire, faults):
         if fault and isinstance(fault["answer"], Exception):
             return fault["answer"]
         if fault:
-            status, body = fault["answer"]
-            return status, {}, body
+            status, body, *headers = fault["answer"]
+            return status, headers[0] if headers else {}, body
         return 200, {"Content-Length": str(len(LINKS[request.url]))}, LINKS[request.url]
 
     for url in LINKS:
@@ -170,7 +171,7 @@ def test_files_that_are_stored_are_not_fetched_again_for_one_that_is_not(bench, 
     assert sorted(asked) == sorted([A_PNG, B_PNG, B_PNG, A_MP4])
 
 
-def test_files_that_arrived_are_shown_though_one_never_did(bench):
+def test_files_that_arrived_are_the_result_though_one_never_did(bench):
     bench.faults.add("results.example/b.png", (503, ""), times=999)
 
     job = run(bench, [A_PNG, B_PNG])
@@ -178,8 +179,108 @@ def test_files_that_arrived_are_shown_though_one_never_did(bench):
         bench.round(after=120)
 
     job = bench.job(job.id)
-    assert (job.status, job.error_code) == ("error", "result_unavailable")
-    assert [file["bytes"] for file in job.files] == [len(PNG)]
+    assert (job.status, warnings(bench, job)) == ("done", ["result_unavailable"])
+    assert (len(job.files), job.result_url) == (1, job.files[0]["url"])
+
+
+def test_files_that_arrived_are_the_result_though_runpod_forgot_the_others(bench):
+    bench.faults.add("results.example/b.png", (503, ""))
+    job = run(bench, [A_PNG, B_PNG])
+    bench.faults.add(r"GET .*/status/", (404, {"status": 404}), times=999)
+
+    for _ in range(20):
+        bench.round(after=120)
+
+    job = bench.job(job.id)
+    assert (job.status, warnings(bench, job), len(job.files)) == ("done", ["result_lost"], 1)
+
+
+def test_files_that_arrived_are_the_result_though_runpod_says_something_else_later(bench):
+    bench.faults.add("results.example/b.png", (503, ""))
+    job = run(bench, [A_PNG, B_PNG])
+    bench.faults.add(r"GET .*/status/", (200, {"status": "COMPLETED"}))
+
+    bench.round(after=30)
+
+    job = bench.job(job.id)
+    assert (job.status, warnings(bench, job), len(job.files)) == ("done", ["no_output"], 1)
+
+
+def test_files_that_r2_refuses_are_a_dead_letter_beside_those_that_it_took(bench, monkeypatch):
+    put_one = type(bench.service.bucket).put
+
+    def refuse_the_second(self, key, *args, **options):
+        if "output-2" in key:
+            raise TransientError("r2_failed", "R2 is down.", service="r2")
+        return put_one(self, key, *args, **options)
+
+    monkeypatch.setattr(type(bench.service.bucket), "put", refuse_the_second)
+    job = run(bench, [b64(PNG), b64(PNG_2)])
+    for _ in range(20):
+        bench.round(after=120)
+
+    job = bench.job(job.id)
+    assert (job.status, job.error_code, job.dead_at is not None, len(job.files)) == ("error", "r2_failed", True, 1)
+
+
+def test_a_crash_over_one_file_concerns_that_file_alone(bench, monkeypatch):
+    identify = media.identify
+
+    def crash(content):
+        found = identify(content)
+        return 1 / 0 if found.kind.ending == "mp4" else found
+
+    monkeypatch.setattr(media, "identify", crash)
+    job = run(bench, [A_PNG, A_MP4, b64(PNG_2)])
+    assert (job.status, len(job.files)) == ("running", 2)
+    for _ in range(20):
+        bench.round(after=120)
+
+    job = bench.job(job.id)
+    assert (job.status, warnings(bench, job), len(job.files)) == ("done", ["internal_error"], 2)
+
+
+def test_links_that_take_all_the_time_keep_no_other_file_waiting(bench, monkeypatch):
+    hanging = {A_PNG, B_PNG, A_JPG}
+    download = type(bench.service.pipeline.steps.results.fetch).download
+
+    def hang(self, url, into, *, timeout):
+        if url in hanging:
+            bench.clock.advance(timeout)
+            raise TransientError("result_timeout", "silence", service="result")
+        return download(self, url, into, timeout=timeout)
+
+    monkeypatch.setattr(type(bench.service.pipeline.steps.results.fetch), "download", hang)
+
+    job = run(bench, [A_PNG, B_PNG, A_JPG, A_MP4, b64(PNG_3)])
+    assert [file["bytes"] for file in job.files] == [len(PNG_3)]
+    for _ in range(6):
+        bench.round(after=120)
+
+    assert [file["bytes"] for file in bench.job(job.id).files] == [len(MP4), len(PNG_3)]
+
+
+def test_a_host_cannot_put_a_result_off_until_runpod_has_forgotten_it(bench):
+    bench.faults.add(RESULT, (503, "", {"Retry-After": "900"}))
+
+    job = run(bench, {"image_url": A_PNG})
+
+    assert (job.status, bench.clock.now() < jobs.from_text(job.due_at)) == ("running", True)
+    assert (jobs.from_text(job.due_at) - bench.clock.now()).total_seconds() < 130
+
+
+def test_a_link_is_not_believed_to_be_gone_at_the_first_look_however_late(bench):
+    job_id = bench.create(simulate={"queue_seconds": 0, "run_seconds": 0, "output": {"image_url": A_PNG}})
+    bench.s3.delete_bucket(Bucket=BUCKET)
+    bench.round()
+    bench.s3.create_bucket(Bucket=BUCKET)
+    bench.faults.add(RESULT, (404, ""))
+
+    bench.round(after=600)
+    assert bench.events(job_id)[-1]["code"] == "link_not_found"
+    bench.round(after=60)
+
+    assert bench.job(job_id).status == "done"
 
 
 def test_one_link_that_leads_nowhere_does_not_take_the_others_with_it(bench):
@@ -251,14 +352,66 @@ def test_a_truncated_upload_is_never_done(bench, monkeypatch):
     assert (job.status, stored(bench, job.result_r2_key)[0]) == ("done", PNG)
 
 
-def test_what_lies_in_our_own_bucket_is_copied_there(bench, wire):
-    put(bench.service.bucket, "worker/tmp.bin", JPEG)
+OWN = f"{R2_ENDPOINT}/{BUCKET}/"
 
-    job = run(bench, {"image_url": f"{R2_ENDPOINT}/{BUCKET}/worker/tmp.bin?X-Amz-Signature=abc"})
+
+@pytest.fixture
+def sent(bench, monkeypatch):
+    """The objects that were copied and put."""
+    done, client = [], bench.service.bucket._s3()
+
+    def watch(verb):
+        call = getattr(client, verb)
+        monkeypatch.setattr(client, verb, lambda **given: (done.append(verb), call(**given))[1])
+
+    for verb in ("copy_object", "put_object", "get_object"):
+        watch(verb)
+    return done
+
+
+def test_what_lies_in_our_own_bucket_is_copied_there(bench, wire, sent):
+    put(bench.service.bucket, "worker/tmp.bin", JPEG)
+    url = f"{OWN}worker/tmp.bin?X-Amz-Signature=abc"
+    wire.add("GET", url, body=JPEG, headers={"ETag": f'"{hashlib.md5(JPEG).hexdigest()}"'})
+    sent.clear()
+
+    job = run(bench, {"image_url": url})
 
     assert job.status == "done"
     assert stored(bench, f"jobs/2026/01/{job.id}/output.jpg") == (JPEG, "image/jpeg")
-    assert not [call for call in wire.calls if R2_ENDPOINT in call.request.url]
+    assert sent[0] == "copy_object"
+    assert "put_object" not in sent
+
+
+def test_what_r2_does_not_copy_is_sent(bench, wire, sent):
+    put(bench.service.bucket, "worker/tmp.bin", JPEG)
+    wire.add("GET", f"{OWN}worker/tmp.bin", body=JPEG, headers={"ETag": '"another"'})
+
+    job = run(bench, {"image_url": f"{OWN}worker/tmp.bin"})
+
+    assert (job.status, stored(bench, job.result_r2_key)) == ("done", (JPEG, "image/jpeg"))
+
+
+def test_what_names_the_run_is_read_though_its_link_has_no_signature(bench, sent):
+    job_id = bench.create()
+    key = f"{bench.job(job_id).runpod_job_id}/a.jpg"
+    put(bench.service.bucket, key, JPEG)
+    bench.faults.add(r"GET .*/status/", (200, {"status": "COMPLETED", "output": {"image_url": OWN + key}}))
+    sent.clear()
+    bench.round()
+
+    assert sent == ["get_object", "copy_object"]
+    assert bench.job(job_id).status == "done"
+
+
+def test_no_object_that_names_another_is_read_with_our_right(bench, wire, sent):
+    put(bench.service.bucket, "private/backup.png", PNG)
+    wire.add("GET", f"{OWN}private/backup.png", status=403)
+    sent.clear()
+
+    job = run(bench, {"image_url": f"{OWN}private/backup.png"})
+
+    assert (job.status, bench.events(job.id)[-1]["code"], sent) == ("running", "link_forbidden", [])
 
 
 def test_a_worker_may_put_its_file_where_it_belongs(bench):
@@ -274,9 +427,12 @@ def test_a_worker_may_put_its_file_where_it_belongs(bench):
 
 
 def test_a_link_to_nothing_in_our_own_bucket_is_like_any_other(bench):
-    job = run(bench, {"image_url": f"{R2_ENDPOINT}/{BUCKET}/nothing.png"})
+    job_id = bench.create()
+    output = {"image_url": f"{OWN}{bench.job(job_id).runpod_job_id}/a.png"}
+    bench.faults.add(r"GET .*/status/", (200, {"status": "COMPLETED", "output": output}))
+    bench.round()
 
-    assert (job.status, bench.events(job.id)[-1]["code"]) == ("running", "link_not_found")
+    assert (bench.job(job_id).status, bench.events(job_id)[-1]["code"]) == ("running", "link_not_found")
 
 
 def test_without_a_public_address_none_is_stored(environment, bench):
@@ -304,7 +460,7 @@ def test_a_second_attempt_has_a_folder_of_its_own(bench):
 def test_a_file_is_given_back_to_the_disk(bench, monkeypatch):
     opened = []
     create = Content.__init__
-    monkeypatch.setattr(Content, "__init__", lambda self, **given: (opened.append(self), create(self, **given))[1])
+    monkeypatch.setattr(Content, "__init__", lambda self, given: (opened.append(self), create(self, given))[1])
 
     run(bench, [A_PNG, "http://10.0.0.1/a.png", b64(PNG_2)])
 

@@ -119,6 +119,34 @@ def test_an_answer_that_does_not_end_is_given_up_in_time(ask, sent, more):
     assert time.perf_counter() - start < 3
 
 
+def test_a_connection_that_is_used_again_is_watched_again():
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with server, server.accept()[0] as connection:
+            connection.recv(65_536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            connection.recv(65_536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            for _ in range(100):  # five seconds, if the client does not give up before
+                if select.select([connection], [], [], 0.05)[0]:
+                    return
+                connection.sendall(b"x")
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    wire, url = Wire(Clock()), f"http://127.0.0.1:{server.getsockname()[1]}/"
+    assert wire.exchange("d1", "GET", url, headers={}, timeout=5.0, max_bytes=10).body == b"ok"
+
+    start = time.perf_counter()
+    with pytest.raises(IndeterminateError) as caught:
+        wire.exchange("d1", "GET", url, headers={}, timeout=0.4, max_bytes=200_000)
+    thread.join()
+
+    assert caught.value.code == "d1_timeout"
+    assert time.perf_counter() - start < 3
+
+
 @pytest.mark.parametrize(
     "sent",
     [

@@ -1,7 +1,8 @@
 """
-The width and height of a video, found by walking its boxes (MP4, QuickTime) or elements (WebM, Matroska).
+The width and height of what is made of boxes (MP4, QuickTime, AVIF, HEIC) or of elements (WebM, Matroska).
 
-Libraries for this read much more than the header, or bring megabytes of native code that would ship to Lambda.
+Libraries for video read much more than the header, or bring megabytes of native code that would ship to Lambda; the one
+for images takes minutes of CPU for some AVIF files of a few kB, and has no size for a turned one.
 """
 
 import itertools
@@ -20,16 +21,33 @@ ReadHead = Callable[[IO[bytes], int], Child | None]
 def size_of_mp4(file: IO[bytes], end: int) -> Size | None:
     """Of the first track that has a picture, as it is shown (ISO/IEC 14496-12 §8.3.2); None where there is none."""
     for track in _find(file, end, [b"moov", b"trak", b"tkhd"], _read_box):
+        if track[2] - track[1] < 80:
+            continue
         file.seek(track[2] - 44)
         header = file.read(44)
-        if track[2] - track[1] < 80 or len(header) < 44:
-            return None
         matrix, width, height = header[:36], *struct.unpack(">II", header[36:])
         quarter_turn = matrix[0:4] == b"\0\0\0\0"
         size = (width >> 16, height >> 16)
         if all(size):
             return size[::-1] if quarter_turn else size
     return None
+
+
+def size_of_heif(file: IO[bytes], end: int) -> Size | None:
+    """Of the largest picture in the file, of which the others are tiles and previews (ISO/IEC 23008-12 §6.5.3)."""
+    sizes: list[Size] = []
+    turned = False
+    for _, start, stop in _find(file, end, [b"meta"], _read_box):
+        # `meta` has four bytes of its own before the boxes in it.
+        for _, first, last in _find(file, stop, [b"iprp", b"ipco"], _read_box, start=start + 4):
+            for name, at, _ in _children(file, first, last, _read_box):
+                file.seek(at)
+                content = file.read(12)
+                if name == b"ispe" and len(content) == 12:
+                    sizes.append(struct.unpack(">II", content[4:]))
+                turned |= name == b"irot" and bool(content[0] & 1)
+    largest = max(sizes, key=lambda size: size[0] * size[1], default=None)
+    return (largest[1], largest[0]) if largest and turned else largest
 
 
 def size_of_webm(file: IO[bytes], end: int) -> Size | None:
@@ -40,18 +58,20 @@ def size_of_webm(file: IO[bytes], end: int) -> Size | None:
             name: _number(file, start, stop) for name, start, stop in _children(file, found[1], found[2], _read_element)
         }
         width, height = numbers.get(b"\xb0", 0), numbers.get(b"\xba", 0)
+        if numbers.get(b"\x54\xb2", 0) == 0:  # the size to show it at is in pixels
+            width, height = numbers.get(b"\x54\xb0", width), numbers.get(b"\x54\xba", height)
         if width and height:
             return width, height
     return None
 
 
-def _find(file: IO[bytes], end: int, path: list[bytes], read_head: ReadHead) -> Iterator[Child]:
+def _find(file: IO[bytes], end: int, path: list[bytes], read_head: ReadHead, *, start: int = 0) -> list[Child]:
     """Everything that lies at the path, in the order of the file."""
-    places = [(b"", 0, end)]
+    places = [(b"", start, end)]
     for name in path:
         inside = (child for _, start, stop in places for child in _children(file, start, stop, read_head))
         places = list(itertools.islice((child for child in inside if child[0] == name), MAX_FOUND))
-    yield from places
+    return places
 
 
 def _children(file: IO[bytes], start: int, end: int, read_head: ReadHead) -> Iterator[Child]:
