@@ -11,13 +11,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from enum import IntEnum
-from functools import lru_cache
 from typing import Any
 
-from chalicelib import media
+from chalicelib import media, names
 from chalicelib.errors import PermanentError
 from chalicelib.inline import Inline, damaged
+from chalicelib.names import Rank
 
 # Bounds on an answer, which may be anything.
 MAX_DEPTH = 16
@@ -31,51 +30,13 @@ EXCERPT_PARTS = 10  # of a list or an object
 LEAST_FILE_BYTES = 32  # the smallest GIF has 35; a word may look like base64 of something
 LEAST_CHARS_OF_NO_MEDIA = 1_000  # of base64 of something else; shorter ones are hashes, tokens and ids
 
-# Words of which names are made, in the answers of the workers that there are. Those of results:
-RESULT_WORDS = frozenset(
-    "image images img imgs imageurl picture pictures photo photos video videos videourl audio audios audiourl gif gifs "
-    "animation media frame frames file files artifact artifacts sample samples generation generations result results "
-    "output outputs data base64 b64 content url urls uri link links src".split()
-)
-# of the worker's input told back, and of its errors, where they do not say too that it is an output or a result:
-INPUT_WORDS = frozenset(
-    "input inputs init param params parameters prompt prompts workflow webhook request info args settings options "
-    "config error errors traceback log logs".split()
-)
-OUTPUT_WORDS = frozenset("output outputs result results".split())
-# of pictures that are there beside the result, or went into it:
-SIDE_WORDS = frozenset(
-    "mask control source reference ref original thumbnail thumb preview start end face target style pose "
-    "garment".split()
-)
-# of links that are to something else:
-OTHER_LINK_WORDS = frozenset(
-    "status response cancel callback doc docs model lora checkpoint license terms help logo homepage support".split()
-)
-PLACE_WORDS = RESULT_WORDS | {"path", "paths", "filename", "filenames"}
-
 LINK = re.compile(r"https?://\S++", re.IGNORECASE)
 LINK_IN_TEXT = re.compile(r"https?://[^\s\"'<>()\[\]]++", re.IGNORECASE)
 BETWEEN_LINKS = re.compile(r"[\s,]++(?=https?://)", re.IGNORECASE)
 OTHER_SCHEME = re.compile(r"(?!data:|https?:)[a-z][a-z0-9+.-]++:/", re.IGNORECASE)
-SORT_OF_ENDING = {f".{ending}": mime.partition("/")[0] for ending, mime in media.KINDS.values()} | {
-    ".jpeg": "image",
-    ".tif": "image",
-    ".opus": "audio",
-}
-ENDINGS = tuple(SORT_OF_ENDING)
 WORKERS_DISK = ("/", "./", "simulated_uploaded/", "local_upload/")  # the last two are what RunPod's SDK says there
 FAILED = ("error", "failed", "failure", "fail", "cancelled", "canceled")
 FAILED_TEXT = re.compile(r"(error|failed|failure)\b\s*:", re.IGNORECASE)
-
-
-class Rank(IntEnum):
-    """How likely it is, by the names on the way to it, that a value is the result; the smaller the likelier."""
-
-    RESULT = 0
-    RESULT_INSIDE = 1  # under a name that says nothing
-    UNNAMED = 2
-    SIDE = 3
 
 
 @dataclass(frozen=True)
@@ -173,15 +134,15 @@ class _Search:
     def _walk_object(self, entry: dict[str, Any], rank: Rank, name: str, depth: int) -> None:
         if reason := _reported_error(entry):
             self._trouble(_reported(reason))
-        names = list(itertools.islice(entry, max(0, self._values_left)))
-        self._values_left -= len(names)
+        inside = list(itertools.islice(entry, max(0, self._values_left)))
+        self._values_left -= len(inside)
         before = len(self._found)
-        for inner in names:
+        for inner in inside:
             value = entry[inner]
             known_as = name if inner.isdigit() else inner  # ComfyUI's results go by the numbers of their nodes
-            if isinstance(value, (str, dict, list)) and not _is_input(known_as):
-                self.walk(value, _rank(known_as, rank), known_as, depth - 1)
-        texts = {inner: entry[inner] for inner in names if isinstance(entry[inner], str)}
+            if isinstance(value, (str, dict, list)) and not names.is_input(known_as):
+                self.walk(value, names.rank(known_as, rank), known_as, depth - 1)
+        texts = {inner: entry[inner] for inner in inside if isinstance(entry[inner], str)}
         self._found[before:] = _without_twins(self._found[before:], texts)
 
     def _read_text(self, text: str, name: str) -> list[Inline | Link]:
@@ -200,15 +161,15 @@ class _Search:
 
     def _read_place(self, text: str, name: str) -> list[Inline | Link]:
         """Where the text says that files are."""
-        if _words(name) & OTHER_LINK_WORDS:
+        if names.is_of_another_page(name):
             return []
         if LINK.match(text):
             return [Link(re.sub(r"\s", "%20", link)) for link in BETWEEN_LINKS.split(text) if LINK.match(link)]
         if FAILED_TEXT.match(text):
             self._trouble(_reported(_short(text)))
         elif len(text.split()) != 1:
-            return [Link(link) for link in LINK_IN_TEXT.findall(text) if _sort_of(link)]
-        elif _words(name) & PLACE_WORDS:
+            return [Link(link) for link in LINK_IN_TEXT.findall(text) if names.sort_of(link)]
+        elif names.is_place(name):
             self._note_place(text)
         return []
 
@@ -216,7 +177,7 @@ class _Search:
         """A place that only the worker can reach."""
         if OTHER_SCHEME.match(text):
             self._trouble(_error("link_scheme", f"RunPod's worker gave an address that is not http(s): {text[:100]}"))
-        elif text.lower().endswith(ENDINGS) or (text.startswith(WORKERS_DISK) and len(text) <= 100):
+        elif text.lower().endswith(names.ENDINGS) or (text.startswith(WORKERS_DISK) and len(text) <= 100):
             place = f"RunPod's worker returned a path on its own disk ({text[:100]})"
             self._trouble(_error("local_path", f"{place}; have it return the file, or give it a bucket."))
 
@@ -232,27 +193,24 @@ def _without_twins(found: list[tuple[Rank, Inline | Link]], texts: dict[str, str
 
     Such a link may even lead nowhere from here. A sibling with another number, or of another sort, is no twin.
     """
-    names = {text.strip(): name for name, text in texts.items()}
+    called = {text.strip(): name for name, text in texts.items()}
     inline = {
-        names[file.text.strip()]: media.sort_of(file.head)
+        called[file.text.strip()]: media.sort_of(file.head)
         for _, file in found
-        if isinstance(file, Inline) and file.text.strip() in names
+        if isinstance(file, Inline) and file.text.strip() in called
     }
-    return [(rank, file) for rank, file in found if not (isinstance(file, Link) and _is_twin(file, names, inline))]
+    return [
+        (rank, file)
+        for rank, file in found
+        if not (isinstance(file, Link) and _is_twin(file, called.get(file.url), inline))
+    ]
 
 
-def _is_twin(link: Link, names: dict[str, str], inline: dict[str, str]) -> bool:
-    name = names.get(link.url)
-    if name is None:
+def _is_twin(link: Link, name: str | None, inline: dict[str, str]) -> bool:
+    if name is None or names.is_numbered(name):
         return False
-    sort = next((word for word in ("video", "audio") if word in name.lower()), None) or _sort_of(link.url)
-    return any(
-        sort in (None, other) and not (_is_numbered(name) or _is_numbered(known)) for known, other in inline.items()
-    )
-
-
-def _is_numbered(name: str) -> bool:
-    return name[-1:].isdigit() and not name.endswith("64")
+    sort = next((word for word in ("video", "audio") if word in name.lower()), None) or names.sort_of(link.url)
+    return any(sort in (None, other) and not names.is_numbered(known) for known, other in inline.items())
 
 
 def _once(files: Iterable[Inline | Link]) -> Iterator[Inline | Link]:
@@ -319,34 +277,7 @@ def _short(value: Any) -> str:
     return (value if isinstance(value, str) else excerpt(value))[:MAX_REASON_CHARS]
 
 
-def _rank(name: str, above: Rank) -> Rank:
-    words = _words(name)
-    if words & SIDE_WORDS:
-        return Rank.SIDE
-    if words & RESULT_WORDS:
-        return Rank.RESULT_INSIDE if above is Rank.UNNAMED else above
-    return max(above, Rank.UNNAMED)
-
-
 def _rank_of(file: Inline | Link, rank: Rank, name: str) -> Rank:
     """The rank of what was found there: a link that neither name nor ending call a file is the last to be followed."""
-    sure = isinstance(file, Inline) or _sort_of(file.url) or _words(name) & (RESULT_WORDS | {"message"})
+    sure = isinstance(file, Inline) or names.sort_of(file.url) or names.is_of_a_file(name)
     return rank if sure else Rank.SIDE
-
-
-def _is_input(name: str) -> bool:
-    words = _words(name)
-    return bool(words & INPUT_WORDS and not words & OUTPUT_WORDS)
-
-
-@lru_cache(maxsize=1_000)
-def _words(name: str) -> frozenset[str]:
-    """The words of a name, without numbers: imageUrl2, image-url and IMAGE_URL have image and url."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z0-9]+", " ", name[:100]).lower()
-    return frozenset(word if word in ("base64", "b64") else word.rstrip("0123456789") for word in spaced.split())
-
-
-def _sort_of(link: str) -> str | None:
-    """Image, video or audio, by a link's ending; None where that does not say."""
-    path = link.lower().partition("?")[0].partition("#")[0]
-    return next((sort for ending, sort in SORT_OF_ENDING.items() if path.endswith(ending)), None)

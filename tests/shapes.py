@@ -139,6 +139,7 @@ ROWS = [
         {"outputs": {"9": {"images": [{"url": X}]}, "12": {"images": [{"data": b64(PNG)}]}}}, [X, PNG]),
     Row("numbered names", {"image1": A_PNG, "image_2": b64(PNG_3), "output0": B_PNG}, [A_PNG, PNG_3, B_PNG]),
     Row("images by number", {"images": {"0": A_PNG, "1": B_PNG}}, [A_PNG, B_PNG]),
+    Row("images by number, and an error", {"images": {"0": b64(PNG)}, "errors": ["node 7"]}, [PNG], ["worker_failed"]),
     Row("camel case", {"generatedImage": b64(PNG), "imageUrl": B_PNG, "videoURL": A_MP4}, [PNG, A_MP4]),
     Row("openai chat", {"choices": [{"message": {"images": [{"image_url": {"url": X}}]}}]}, [X]),
     Row("gemini",

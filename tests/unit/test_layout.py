@@ -14,6 +14,7 @@ LAYERS = [
     {"retry", "runtime", "settings", "connection", "boxes", "inline"},
     {"wire", "auth", "jobs", "content"},
     {"media"},
+    {"names"},
     {"d1", "runpod", "fetch", "r2", "outputs", "log"},
     {"store", "results"},
     {"steps"},
