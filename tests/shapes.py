@@ -46,10 +46,11 @@ LINKS = {
     "https://image.example/tone": MP3,
     "https://results.example/abc123": WEBP,
     "https://image.example/a.m4a": MP3,
+    "https://image.example/signed.mp4?sig=abc": MP4,
     "https://results.example/my%20cat.png": PNG_3,
     "https://image.example/page": b"<!DOCTYPE html><html><body>Sign in</body></html>",
 }
-A_PNG, B_PNG, A_JPG, A_MP4, A_WEBM, A_MP3, X, _, _, A_PAGE = LINKS
+A_PNG, B_PNG, A_JPG, A_MP4, A_WEBM, A_MP3, X, _, SIGNED_MP4, _, A_PAGE = LINKS
 HTML = b"<!DOCTYPE html><html><body>" + b"not found " * 900 + b"</body></html>"
 
 
@@ -164,6 +165,8 @@ ROWS = [
     Row("progress without end", [{"progress": n} for n in range(25_000)] + [{"image": b64(PNG)}], [PNG]),
     Row("its folder", {"images": [b64(PNG)], "output_dir": "/workspace/out", "file_names": ["a.png"]}, [PNG]),
     Row("poster inline, video behind a link", {"image": b64(PNG), "url": A_MP4}, [PNG, A_MP4]),
+    Row("poster inline, video behind a signed link", {"image": b64(PNG), "url": SIGNED_MP4}, [PNG, SIGNED_MP4]),
+    Row("a link that nothing calls a file, beside one", {"zxcv": X, "image_url": A_PNG}, [A_PNG]),
     Row("frame inline, video behind a link", {"frame": b64(PNG), "output": A_MP4}, [PNG, A_MP4]),
     Row("inline, and where it lies", {"image": b64(PNG), "url": "https://gone.example/abc"}, [PNG]),
     Row("numbered, inline and link", {"image_1": b64(PNG), "image_2": B_PNG}, [PNG, B_PNG]),
@@ -199,6 +202,8 @@ ROWS = [
         error="base64_invalid"),
     Row("bad data URL", {"image": "data:image/png;base64,###"}, error="base64_invalid"),
     Row("one good, one bad", {"images": [b64(PNG), b64(PNG_2)[:80] + "*"]}, [PNG], ["base64_invalid"]),
+    Row("two that are bad", {"images": [b64(PNG), b64(PNG)[:80] + "*", b64(PNG)[:60] + "*"]}, [PNG],
+        ["base64_invalid"]),
     Row("the same twice", {"images": [b64(PNG), b64(PNG), b64(PNG_2)]}, [PNG, PNG_2]),
     # the worker's input, told back
     Row("input", {"input": {"image": b64(PNG)}}, error="no_output"),
@@ -212,6 +217,8 @@ ROWS = [
         "source_image": A_PNG, "reference": b64(PNG_3), "control": b64(PNG_3), "image": b64(PNG)}, [PNG]),
     Row("an output called after its request", {"workflow_outputs": [b64(PNG)], "prompt_results": [b64(PNG_2)]},
         [PNG, PNG_2]),
+    Row("previews beside a name nobody knows", {"zxcv": b64(PNG), "preview": {"abc": b64(PNG_2)}}, [PNG]),
+    Row("an input in camel case", {"status": "ok", "inputImage": b64(PNG)}, error="no_output"),
     Row("only a preview", {"preview": b64(PNG)}, [PNG]),
     Row("a thumbnail of what stayed behind", {"video_path": "/tmp/a.mp4", "thumbnail": b64(PNG)}, error="local_path"),
     Row("the original of what stayed behind", {"source_image": b64(PNG), "image_path": "/tmp/out.png"},
@@ -228,6 +235,10 @@ ROWS = [
     Row("error in a bare text", "Error: CUDA out of memory", error="worker_failed"),
     Row("failed in small letters", {"result": "failed: no memory"}, error="worker_failed"),
     Row("state and reason", {"state": "error", "reason": "nsfw"}, error="worker_failed"),
+    Row("error true", {"error": True, "message": "OOM"}, error="worker_failed"),
+    Row("an error after something else", [{"image": b64(PNG)[:80] + "*"}, {"error": "boom"}], error="worker_failed"),
+    Row("an error beside a result further in", {"errors": ["x"], "response": {"images": [b64(PNG)]}}, [PNG],
+        ["worker_failed"]),
     Row("not ok", {"ok": False, "detail": "no"}, error="worker_failed"),
     Row("success in a text", {"success": "false"}, error="worker_failed"),
     Row("cancelled", {"status": "cancelled"}, error="worker_failed"),
@@ -241,6 +252,7 @@ ROWS = [
     Row("link to a manual", {"status": "ok", "docs": "https://docs.example/help"}, error="no_output"),
     Row("base64 of HTML", {"image": b64(HTML)}, error="unknown_type"),
     Row("base64 of a small ZIP", {"image": b64(b"PK\x03\x04" + bytes(800))}, error="unknown_type"),
+    Row("a slash and letters", {"image": "/" + "wrA" * 100}, error="no_output"),
     Row("letters and spaces", {"content": "abc123 " * 2_000}, error="no_output"),
     Row("a model's file", {"images": [], "model": "/models/flux.safetensors", "note": "ratio:/2"}, error="no_output"),
     Row("data URL of HTML", {"image": data_url(HTML, "text/html")}, error="unknown_type"),
