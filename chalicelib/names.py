@@ -68,8 +68,8 @@ def is_place(name: str) -> bool:
 
 
 def is_of_a_file(name: str) -> bool:
-    """Whether a link under it is surely to a file; older versions of worker-comfyui call theirs `message`."""
-    return bool(words(name) & (RESULT_WORDS | {"message"}))
+    """Whether a link under it is surely to a file."""
+    return bool(words(name) & RESULT_WORDS)
 
 
 def is_of_another_page(name: str) -> bool:

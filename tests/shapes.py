@@ -155,6 +155,7 @@ ROWS = [
     Row("a list of JSON in texts", [json.dumps({"step": 1}), "\n" + json.dumps({"image": b64(PNG)})], [PNG]),
     Row("bytes as Python writes them", {"image": f"b'{b64(PNG)}'"}, [PNG]),
     Row("base64 in quotes", {"image": json.dumps(b64(PNG))}, [PNG]),
+    Row("data URL in capitals", {"image": "DATA:IMAGE/PNG;BASE64," + b64(PNG)}, [PNG]),
     Row("half a data URL", {"image": "image/png;base64," + b64(PNG)}, [PNG]),
     # what stands beside it
     Row("a model's page", {"restored": b64(PNG), "model_url": "https://models.example/x"}, [PNG]),
@@ -195,6 +196,7 @@ ROWS = [
     # base64 as it may come
     Row("base64 in lines", {"image": "\n".join(b64(PNG)[i : i + 76] for i in range(0, 999, 76))}, [PNG]),
     Row("base64 without padding", {"image": b64(PNG).rstrip("=")}, [PNG]),
+    Row("base64 with too much padding", {"image": b64(PNG) + "==="}, [PNG]),
     Row("base64 for URLs", {"image": base64.urlsafe_b64encode(JPEG).decode()}, [JPEG]),
     Row("data URL without type", {"image": "data:;base64," + b64(PNG)}, [PNG]),
     Row("data URL with parameters", {"image": "data:image/png;name=a.png;base64," + b64(PNG)}, [PNG]),

@@ -167,6 +167,13 @@ def test_the_size_of_an_mp4_is_that_of_its_first_track_with_a_picture(data, size
     assert identify(data)[2:] == size
 
 
+def test_the_header_of_a_tiff_may_be_at_its_end():
+    entries = struct.pack("<H", 2) + struct.pack("<HHII", 256, 4, 1, 64) + struct.pack("<HHII", 257, 4, 1, 48)
+    data = b"II*\0" + struct.pack("<I", 1_500_000) + b"\0" * (1_500_000 - 8) + entries + b"\0" * 4
+
+    assert identify(data) == ("tiff", "image/tiff", 64, 48)
+
+
 HOSTILE = {
     "avif of many extents": box(b"ftyp", b"avif\0\0\0\0avifmif1")
     + box(b"meta", b"\0" * 4 + box(b"iloc", b"\x01" * 400_000) + box(b"iinf", b"\0\0\0\0\xff\xff" * 50_000)),

@@ -86,6 +86,8 @@ def test_the_workers_words_come_first():
 
     assert [error.code for error in found.problems] == ["worker_failed", "base64_invalid"]
     assert len(found.problems[0].sentence) < 600
+    assert len(read({"error": "x" * 10_000}).sentence) < 600
+    assert len(outputs.excerpt({str(number) * 50: "y" * 190 for number in range(10)})) == 500
 
 
 def test_a_depth_that_is_real_is_reached_and_no_more():
