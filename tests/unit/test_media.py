@@ -158,6 +158,7 @@ PICTURE, SOUND = (b"\0" * 40 + STRAIGHT + struct.pack(">II", width << 16, 48 << 
         (mp4(SOUND, PICTURE), (64, 48)),
         (mp4(b"", b"\0" * 79, PICTURE), (64, 48)),
         (mp4(SOUND), (None, None)),
+        (mp4(PICTURE).replace(struct.pack(">I4s", 108, b"moov"), struct.pack(">I4s", 0, b"moov")), (64, 48)),
         (mp4(PICTURE)[:-1], (None, None)),
         (mp4(PICTURE) + box(b"free", b"")[:6], (64, 48)),
         (box(b"ftyp", b"isom\0\0\0\0") + box(b"moov", box(b"trak", box(b"tkhd", b""))), (None, None)),
@@ -165,6 +166,28 @@ PICTURE, SOUND = (b"\0" * 40 + STRAIGHT + struct.pack(">II", width << 16, 48 << 
 )  # fmt: skip
 def test_the_size_of_an_mp4_is_that_of_its_first_track_with_a_picture(data, size):
     assert identify(data)[2:] == size
+
+
+def avif(*properties):
+    inside = b"\0" * 4 + box(b"iprp", box(b"ipco", b"".join(properties)))
+    return box(b"ftyp", b"avif\0\0\0\0avifmif1") + box(b"meta", inside) + box(b"mdat", b"\0" * 99)
+
+
+@pytest.mark.parametrize(
+    ("properties", "size"),
+    [
+        ([(64, 48)], (64, 48)),
+        ([(64, 64), (512, 256), (64, 48)], (512, 256)),
+        ([], (None, None)),
+    ],
+)
+@pytest.mark.parametrize("quarters", range(4))
+def test_the_size_of_an_avif_is_that_of_its_largest_picture_as_it_is_turned(properties, size, quarters):
+    boxes = [box(b"ispe", struct.pack(">III", 0, width, height)) for width, height in properties]
+
+    found = identify(avif(*boxes, box(b"irot", bytes([quarters]))))[2:]
+
+    assert found == (size[::-1] if quarters % 2 else size)
 
 
 def test_the_header_of_a_tiff_may_be_at_its_end():
@@ -177,7 +200,7 @@ def test_the_header_of_a_tiff_may_be_at_its_end():
 HOSTILE = {
     "avif of many extents": box(b"ftyp", b"avif\0\0\0\0avifmif1")
     + box(b"meta", b"\0" * 4 + box(b"iloc", b"\x01" * 400_000) + box(b"iinf", b"\0\0\0\0\xff\xff" * 50_000)),
-    "avif of many boxes": box(b"ftyp", b"avif\0\0\0\0avifmif1") + box(b"free", b"") * 600_000,
+    "avif of many boxes": box(b"ftyp", b"avif\0\0\0\0avifmif1") + box(b"free", b"") * 3_000_000,
     "jpeg of zeros": b"\xff\xd8\xff\xe0\0\x02" + b"\0" * 20_000_000,
     "jp2 of boxes": picture("JPEG2000")[:12] + box(b"free", b"") * 600_000,
     "webm of elements": webm(*PIXELS)[:5] + b"\xec\x80" * 2_000_000,
