@@ -1,6 +1,7 @@
 """From a worker's answer to the objects in R2, through the whole pipeline."""
 
 import hashlib
+from datetime import timedelta
 from urllib.parse import urlsplit
 
 import pytest
@@ -9,6 +10,8 @@ import requests
 from chalicelib import bootstrap, jobs, media, settings
 from chalicelib.content import Content
 from chalicelib.errors import TransientError
+from chalicelib.jobs import State
+from chalicelib.outputs import Findings, Link
 from tests.conftest import BUCKET, R2_ENDPOINT, put
 from tests.shapes import A_JPG, A_MP4, A_PNG, B_PNG, JPEG, LINKS, MP4, PNG, PNG_2, PNG_3, ROWS, WEBP, b64
 
@@ -269,6 +272,16 @@ def test_a_host_cannot_put_a_result_off_until_runpod_has_forgotten_it(bench):
     assert (jobs.from_text(job.due_at) - bench.clock.now()).total_seconds() < 130
 
 
+def test_a_link_is_not_believed_to_be_gone_after_a_minute_however_often(bench):
+    bench.faults.add(RESULT, (404, ""), times=3)
+
+    job = run(bench, {"image_url": A_PNG})
+    for after in (30, 30, 60):
+        bench.round(after=after)
+
+    assert bench.job(job.id).status == "done"
+
+
 def test_a_link_is_not_believed_to_be_gone_at_the_first_look_however_late(bench):
     job_id = bench.create(simulate={"queue_seconds": 0, "run_seconds": 0, "output": {"image_url": A_PNG}})
     bench.s3.delete_bucket(Bucket=BUCKET)
@@ -424,6 +437,20 @@ def test_a_worker_may_put_its_file_where_it_belongs(bench):
     bench.round()
 
     assert (bench.job(job_id).status, stored(bench, key)) == ("done", (PNG, "image/png"))
+
+
+@pytest.mark.parametrize("ids", [{"id": "a", "runpod_job_id": "b"}, {"id": "a", "runpod_job_id": None}])
+def test_an_id_too_short_to_be_one_alone_gives_no_right(bench, wire, sent, job_factory, ids):
+    put(bench.service.bucket, "private/ab.png", PNG)
+    wire.add("GET", f"{OWN}private/ab.png", status=403)
+    sent.clear()
+    found = Findings((Link(f"{OWN}private/ab.png"),))
+
+    kept = bench.service.pipeline.steps.results.keep(
+        job_factory(State.STORE, **ids), found, bench.deadline(), age=timedelta(0)
+    )
+
+    assert (kept.error.code, sent) == ("link_forbidden", [])
 
 
 def test_a_link_to_nothing_in_our_own_bucket_is_like_any_other(bench):
