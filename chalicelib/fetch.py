@@ -209,7 +209,7 @@ def _read(answer: Stream, into: Content) -> None:
     if COMPRESSIONS & set(re.split(r"[\s,]+", answer.headers.get("Content-Encoding", "").lower())):
         raise PermanentError("result_compressed", "The worker's link answers compressed.", service="result")
     lengths = set(re.split(r",\s*", length)) if length is not None else set()
-    if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
+    if not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
         raise PermanentError("result_bad_length", "The worker's link announces no valid length.", service="result")
     if any(int(length) > MAX_BYTES for length in lengths):
         raise too_large()

@@ -418,6 +418,7 @@ EXPIRED = b"<Error><Code>AccessDenied</Code><Message>Request has expired</Messag
         (400, b"no", TransientError, "link_refused"),
         (302, b"", TransientError, "link_refused"),
         (206, b"pic", TransientError, "link_refused"),
+        (103, b"", TransientError, "result_unavailable"),
         (408, b"", TransientError, "result_unavailable"),
         (429, b"", TransientError, "result_unavailable"),
         (500, EXPIRED, TransientError, "result_unavailable"),
@@ -550,6 +551,13 @@ BODIES = {
         lambda handler: send(handler, b"pic", Content_Length="-3"),
         PermanentError,
         "result_bad_length",
+    ),
+    "two lengths": (
+        lambda handler: handler.wfile.write(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\npict"
+        ),
+        TransientError,
+        "result_cut_off",
     ),
     "chunks that end early": (
         lambda handler: send(handler, b"7\r\npic", Transfer_Encoding="chunked"),
