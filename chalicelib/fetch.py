@@ -37,7 +37,7 @@ METADATA = frozenset(
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # a public IPv4 address, as a network with IPv6 only sees it
 
 # IPv6 has public addresses in one eighth only, of which the documentation's range is newer than Python's tables.
-PUBLIC = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("2000::/3"))
+PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
 DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")
 
 # What the resolver takes for an address, such as 2130706433 or 0177.1 for 127.0.0.1, though it looks like a name.
@@ -161,14 +161,15 @@ def _objection(address: IPv4Address | IPv6Address) -> tuple[str, str] | None:
         return "link_loopback", "leads back to this machine"
     if address.is_link_local:
         return "link_link_local", "leads to a link-local address"
-    if (
-        not address.is_global
-        or address.is_multicast
-        or address in DOCUMENTATION
-        or not any(address in network for network in PUBLIC)
-    ):
+    if not _is_public(address):
         return "link_private", "leads into a private network"
     return None
+
+
+def _is_public(address: IPv4Address | IPv6Address) -> bool:
+    if isinstance(address, IPv6Address) and (address not in PUBLIC_IPV6 or address in DOCUMENTATION):
+        return False
+    return address.is_global and not address.is_multicast
 
 
 def _refused(code: str, words: str, host: str = "the result") -> Refused:

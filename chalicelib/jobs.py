@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import cached_property
 from random import Random
 from typing import Any
 
@@ -143,7 +144,7 @@ class Job:
             return State.POLL
         return State.SUBMIT if self.status == Status.QUEUED else State.SUBMITTING
 
-    @property
+    @cached_property
     def files(self) -> list[dict[str, Any]]:
         """The files of the result that are in R2: key, url, content_type, bytes, sha256, width, height."""
         files: list[dict[str, Any]] = json.loads(self.outputs) if self.outputs else []

@@ -67,7 +67,6 @@ WEAK_BYTES = 128
 BEGINNINGS: dict[str, bytes | tuple[bytes, ...]] = {
     "png": b"\x89PNG\r\n\x1a\n",
     "gif": (b"GIF87a", b"GIF89a"),
-    "wav": b"RIFF",
 }
 
 MAX_SIDE = 65_535  # pixels; more is no size but other bytes

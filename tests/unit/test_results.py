@@ -47,6 +47,13 @@ def run(bench, output, *, rounds=1):
     return bench.job(job_id)
 
 
+def later(bench, job, *, after=120):
+    """The job after twenty more rounds; RunPod has forgotten its run, if they are two minutes apart."""
+    for _ in range(20):
+        bench.round(after=after)
+    return bench.job(job.id)
+
+
 def stored(bench, key):
     found = bench.s3.get_object(Bucket=BUCKET, Key=key)
     return found["Body"].read(), found["ContentType"]
@@ -133,10 +140,8 @@ def test_a_link_that_is_refused_for_minutes_is_believed(bench, status, code):
     bench.faults.add(RESULT, (status, ""), times=99)
 
     job = run(bench, {"image_url": A_PNG})
-    for _ in range(20):
-        bench.round(after=20)
 
-    job = bench.job(job.id)
+    job = later(bench, job, after=20)
     assert (job.status, job.error_code) == ("error", code)
 
 
@@ -152,10 +157,8 @@ def test_a_server_that_fails_until_runpod_forgets_is_a_dead_letter(bench):
     bench.faults.add(RESULT, (503, ""), times=999)
 
     job = run(bench, {"image_url": A_PNG})
-    for _ in range(20):
-        bench.round(after=120)
 
-    job = bench.job(job.id)
+    job = later(bench, job)
     assert (job.status, job.error_code, job.dead_at is not None) == ("error", "result_unavailable", True)
 
 
@@ -178,10 +181,8 @@ def test_files_that_arrived_are_the_result_though_one_never_did(bench):
     bench.faults.add("results.example/b.png", (503, ""), times=999)
 
     job = run(bench, [A_PNG, B_PNG])
-    for _ in range(20):
-        bench.round(after=120)
 
-    job = bench.job(job.id)
+    job = later(bench, job)
     assert (job.status, warnings(bench, job)) == ("done", ["result_unavailable"])
     assert (len(job.files), job.result_url) == (1, job.files[0]["url"])
 
@@ -191,10 +192,7 @@ def test_files_that_arrived_are_the_result_though_runpod_forgot_the_others(bench
     job = run(bench, [A_PNG, B_PNG])
     bench.faults.add(r"GET .*/status/", (404, {"status": 404}), times=999)
 
-    for _ in range(20):
-        bench.round(after=120)
-
-    job = bench.job(job.id)
+    job = later(bench, job)
     assert (job.status, warnings(bench, job), len(job.files)) == ("done", ["result_lost"], 1)
 
 
@@ -219,10 +217,8 @@ def test_files_that_r2_refuses_are_a_dead_letter_beside_those_that_it_took(bench
 
     monkeypatch.setattr(type(bench.service.bucket), "put", refuse_the_second)
     job = run(bench, [b64(PNG), b64(PNG_2)])
-    for _ in range(20):
-        bench.round(after=120)
 
-    job = bench.job(job.id)
+    job = later(bench, job)
     assert (job.status, job.error_code, job.dead_at is not None, len(job.files)) == ("error", "r2_failed", True, 1)
 
 
@@ -236,10 +232,8 @@ def test_a_crash_over_one_file_concerns_that_file_alone(bench, monkeypatch):
     monkeypatch.setattr(media, "identify", crash)
     job = run(bench, [A_PNG, A_MP4, b64(PNG_2)])
     assert (job.status, len(job.files)) == ("running", 2)
-    for _ in range(20):
-        bench.round(after=120)
 
-    job = bench.job(job.id)
+    job = later(bench, job)
     assert (job.status, warnings(bench, job), len(job.files)) == ("done", ["internal_error"], 2)
 
 
@@ -307,10 +301,8 @@ def test_one_link_that_is_refused_for_minutes_does_not_take_the_others_with_it(b
     bench.faults.add("results.example/b.png", (404, ""), times=99)
 
     job = run(bench, [A_PNG, B_PNG])
-    for _ in range(20):
-        bench.round(after=20)
 
-    job = bench.job(job.id)
+    job = later(bench, job, after=20)
     assert (job.status, warnings(bench, job), len(job.files)) == ("done", ["link_not_found"], 1)
 
 
