@@ -57,6 +57,31 @@ def get_job(job_id: str) -> Response:
     return api.get_job(app.current_request, job_id)
 
 
+@app.route("/api/jobs/{job_id}/cancel", methods=["POST"], content_types=api.BODY_TYPES)
+def cancel_job(job_id: str) -> Response:
+    return api.cancel_job(app.current_request, job_id)
+
+
+@app.route("/api/jobs/{job_id}/retry", methods=["POST"], content_types=api.BODY_TYPES)
+def retry_job(job_id: str) -> Response:
+    return api.retry_job(app.current_request, job_id)
+
+
+@app.route("/api/jobs/{job_id}/redrive", methods=["POST"], content_types=api.BODY_TYPES)
+def redrive_job(job_id: str) -> Response:
+    return api.redrive_job(app.current_request, job_id)
+
+
+@app.route("/api/dead-letters", methods=["GET"])
+def list_dead_letters() -> Response:
+    return api.list_dead_letters(app.current_request)
+
+
+@app.route("/api/dead-letters/redrive", methods=["POST"], content_types=api.BODY_TYPES)
+def redrive_dead_letters() -> Response:
+    return api.redrive_dead_letters(app.current_request)
+
+
 @app.route("/dev/runpod", methods=["POST"], content_types=api.BODY_TYPES)
 def send_job() -> Response:
     return api.send_job(app.current_request)
@@ -65,6 +90,11 @@ def send_job() -> Response:
 @app.route("/dev/runpod-poll", methods=["POST"], content_types=api.BODY_TYPES)
 def run_round() -> Response:
     return api.run_round(app.current_request)
+
+
+@app.route("/webhooks/runpod/{job_id}/{attempt}/{token}", methods=["POST"], content_types=api.BODY_TYPES)
+def hear_of_run(job_id: str, attempt: str, token: str) -> Response:
+    return api.hear_of_run(app.current_request, job_id, attempt, token)
 
 
 @app.schedule(Rate(1, unit=Rate.MINUTES))

@@ -27,6 +27,10 @@ CREATE TABLE IF NOT EXISTS jobs (
   attempt INTEGER NOT NULL DEFAULT 0,
   -- Calls of ours that failed in a row.
   failures INTEGER NOT NULL DEFAULT 0,
+  -- Claims of the finished result since its last save; a result that kills whoever stores it is known by them.
+  holds INTEGER NOT NULL DEFAULT 0,
+  -- The attempt that a user's retry went on from; those after it are counted against MAX_ATTEMPTS.
+  attempt_base INTEGER NOT NULL DEFAULT 0,
   -- Not before this instant; '' is due at once.
   due_at TEXT NOT NULL DEFAULT '',
   -- The nonce of the batch that saved last, and of the claim that holds the row.
@@ -35,20 +39,38 @@ CREATE TABLE IF NOT EXISTS jobs (
   -- The version at which the intent to submit was written; only while it is still the version may /run be called.
   intent_version INTEGER,
   runpod_status TEXT,
-  -- The files of the result that are in R2 (JSON): key, url, content_type, bytes, sha256, width, height.
+  -- The files of the result that are in R2 (JSON): key, url, content_type, bytes, sha256, width, height; or in the spool,
+  -- and so marked.
   outputs TEXT,
+  -- The links in the worker's answer (JSON), NULL in the place of a file that is in the answer itself; until it is stored.
+  links TEXT,
+  -- What is wrong with the other files (JSON); set once every file is in R2 or the spool, so that RunPod is not needed.
+  warnings TEXT,
   error_code TEXT,
   -- Set when a finished result could not be stored.
   dead_at TEXT,
   cancel_at TEXT,
   submitted_at TEXT,
+  -- When a worker was first seen at it.
+  started_at TEXT,
+  -- The earliest that the run can have ended.
   completed_at TEXT,
+  -- Until when the finished result can be had from where it lies now.
+  result_until TEXT,
+  -- By when it must have been drawn.
+  deadline_at TEXT,
   queue_ms INTEGER,
   execution_ms INTEGER
 );
 
 -- Claims look for due rows of one step.
 CREATE INDEX IF NOT EXISTS jobs_due ON jobs (step, due_at) WHERE status IN ('queued', 'running');
+
+-- What a user has cancelled and RunPod has not got.
+CREATE INDEX IF NOT EXISTS jobs_cancelled ON jobs (step) WHERE cancel_at IS NOT NULL AND status IN ('queued', 'running');
+
+-- The dead letters, newest first.
+CREATE INDEX IF NOT EXISTS jobs_dead ON jobs (dead_at, id) WHERE dead_at IS NOT NULL;
 
 -- A claim reads back what it got.
 CREATE INDEX IF NOT EXISTS jobs_claimed ON jobs (claimer) WHERE status IN ('queued', 'running');

@@ -37,15 +37,20 @@ Answer = dict[str, Any]
 View = Callable[Concatenate[Service, Request, Args], Answer]
 
 
-def _route(*, anonymous: bool = False) -> Callable[[View[Args]], Callable[Concatenate[Request | None, Args], Response]]:
-    """Check the key, run the view, and turn what it returns or raises into an answer."""
+def _route(
+    *, anonymous: bool = False, keyless: bool = False
+) -> Callable[[View[Args]], Callable[Concatenate[Request | None, Args], Response]]:
+    """
+    Check the key, run the view, and turn what it returns or raises into an answer. Some are `anonymous` where the
+    operator wants it; a `keyless` view checks by itself who calls.
+    """
 
     def wrap(view: View[Args]) -> Callable[Concatenate[Request | None, Args], Response]:
         def answer(request: Request | None, /, *args: Args.args, **kwargs: Args.kwargs) -> Response:
             assert request is not None
             try:
                 current = service()
-                if not (anonymous and current.settings.allow_anonymous):
+                if not keyless and not (anonymous and current.settings.allow_anonymous):
                     auth.require_key(request.headers.get("authorization", ""), current.settings)
                 return _respond(200, {"ok": True, **view(current, request, *args, **kwargs)})
             except ServiceError as error:
@@ -141,7 +146,7 @@ def list_jobs(current: Service, request: Request) -> Answer:
     more = len(found) > limit
     return {
         "jobs": [_view(current, job) for job in page],
-        "next_cursor": inputs.make_cursor(page[-1]) if more else None,
+        "next_cursor": inputs.make_cursor(page[-1].created_at, page[-1].id) if more else None,
     }
 
 
@@ -151,6 +156,69 @@ def get_job(current: Service, request: Request, job_id: str) -> Answer:
     job, timeline = current.store.get_with_timeline(inputs.read_id(unquote(job_id)), timeout=READ_SECONDS)
     lines = [{"at": line["at"], "event": line["event"], **json.loads(line["detail"])} for line in timeline]
     return {"job": {**_view(current, _found(job)), "timeline": lines}}
+
+
+@_route()
+def cancel_job(current: Service, request: Request, job_id: str) -> Answer:
+    """Cancel a job that waits, or stop its run."""
+    return _do(current, current.pipeline.cancel, job_id)
+
+
+@_route()
+def retry_job(current: Service, request: Request, job_id: str) -> Answer:
+    """Draw a job once more that has ended without a picture."""
+    return _do(current, current.pipeline.retry, job_id)
+
+
+@_route()
+def redrive_job(current: Service, request: Request, job_id: str) -> Answer:
+    """Store the result of a dead letter."""
+    return _do(current, current.pipeline.redrive, job_id)
+
+
+def _do(current: Service, verb: Callable[[str, Deadline], Job], job_id: str) -> Answer:
+    job = verb(inputs.read_id(unquote(job_id)), Deadline(current.clock, REQUEST_SECONDS))
+    return {"job": _view(current, job)}
+
+
+@_route()
+def list_dead_letters(current: Service, request: Request) -> Answer:
+    """Results that could not be stored, newest first."""
+    query = inputs.query_of(request)
+    limit, after, code = (
+        inputs.read_limit(query.get("limit")),
+        inputs.read_cursor(query.get("cursor")),
+        inputs.read_error_code(query.get("error_code")),
+    )
+    found = current.store.dead_letters(limit=limit + 1, after=after, error_code=code, timeout=READ_SECONDS)
+    page = found[:limit]
+    return {
+        "dead_letters": [_view_dead(current, job) for job in page],
+        "next_cursor": inputs.make_cursor(page[-1].dead_at, page[-1].id) if len(found) > limit else None,
+    }
+
+
+@_route()
+def redrive_dead_letters(current: Service, request: Request) -> Answer:
+    """Store the results of many dead letters, as far as something is left of them."""
+    limit, code, dry_run = inputs.read_redrive(inputs.read_body(request, empty_is={}))
+    deadline = Deadline(current.clock, REQUEST_SECONDS)
+    redriven, lost = current.pipeline.redrive_many(deadline, limit=limit, error_code=code, dry_run=dry_run)
+    return {"dry_run": dry_run, "redriven": [job.id for job in redriven], "lost": [job.id for job in lost]}
+
+
+@_route(keyless=True)
+def hear_of_run(current: Service, request: Request, job_id: str, attempt: str, token: str) -> Answer:
+    """RunPod says that a run has ended."""
+    body = request.raw_body
+    said = current.pipeline.webhook(
+        inputs.read_id(unquote(job_id)),
+        attempt,
+        token,
+        body.encode("utf-8", "replace") if isinstance(body, str) else body,
+        Deadline(current.clock, REQUEST_SECONDS),
+    )
+    return {"message": said}
 
 
 @_route()
@@ -228,8 +296,30 @@ def _view(current: Service, job: Job) -> Answer:
         "submitted_at": job.submitted_at,
         "completed_at": job.completed_at,
         "finished_at": job.finished_at,
+        "deadline_at": job.deadline_at if job.step else None,
+        "cancel_at": job.cancel_at,
+        "result_until": job.result_until,
         "dead_at": job.dead_at,
         "next_at": job.due_at or None if job.step else None,
+    }
+
+
+def _view_dead(current: Service, job: Job) -> Answer:
+    now = to_text(current.clock.now())
+    gone = job.left == "runpod" and (job.result_until or "") < now
+    return {
+        "id": job.id,
+        "prompt": job.prompt,
+        "model": job.model,
+        "error": job.error_message,
+        "error_code": job.error_code,
+        "dead_at": job.dead_at,
+        "created_at": job.created_at,
+        "completed_at": job.completed_at,
+        "tries": job.failures,
+        "stored": len(job.files),
+        "left": "nothing" if gone else job.left,
+        "left_until": job.result_until if job.left == "runpod" and not gone else None,
     }
 
 

@@ -1,21 +1,27 @@
 """Builds the service from the settings, once a process; the only module that knows all the others."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from random import SystemRandom
+from random import Random, SystemRandom
 
 from chalicelib import log, settings
+from chalicelib.connection import Resolve
 from chalicelib.d1 import D1
+from chalicelib.deadlines import Deadlines
 from chalicelib.fetch import Fetch, Guard
 from chalicelib.pipeline import Pipeline
 from chalicelib.r2 import R2
 from chalicelib.results import Results
+from chalicelib.retry import Attempts
 from chalicelib.runpod import Runpod
-from chalicelib.runtime import Clock
+from chalicelib.runtime import Clock, Crew
 from chalicelib.saver import Saver
 from chalicelib.settings import Settings
+from chalicelib.spool import Spool
 from chalicelib.steps import Steps
 from chalicelib.store import Store
+from chalicelib.webhooks import Webhooks
 from chalicelib.wire import Wire
 
 
@@ -37,15 +43,41 @@ def service() -> Service:
     return build(settings.load(), Clock())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What of the machine the service uses; a simulation puts its own in the place of each."""
+
+    clock: Clock
+    rng: Random
+    new_crew: Callable[[int], Crew]
+    new_wire: Callable[[Resolve | None], Wire]
+
+
+def machine(clock: Clock) -> Machine:
+    """The real one, but for the clock that is given."""
+    return Machine(
+        clock=clock, rng=SystemRandom(), new_crew=Crew, new_wire=lambda resolve: Wire(clock, resolve=resolve)
+    )
+
+
 def build(config: Settings, clock: Clock) -> Service:
     """A service with these settings and this clock."""
-    rng = SystemRandom()
-    wire = Wire(clock)
-    d1 = make_d1(config, wire, clock)
+    return build_on(machine(clock), config)
+
+
+def build_on(given: Machine, config: Settings) -> Service:
+    """A service with these settings on this machine."""
+    clock, rng, wire = given.clock, given.rng, given.new_wire(None)
+    d1 = make_d1(config, wire, clock, rng=rng)
     runpod = Runpod(wire=wire, base_url=config.runpod_api_base, api_key=config.runpod_api_key)
-    store = Store(d1=d1, default_endpoint_id=config.runpod_endpoint_id, submit_unknown_wait=config.submit_unknown_wait)
+    store = Store(
+        d1=d1,
+        default_endpoint_id=config.runpod_endpoint_id,
+        submit_unknown_wait=config.submit_unknown_wait,
+        total_deadline=config.total_deadline,
+    )
     guard = Guard(config.result_allowed_private_hosts)
-    fetch = Fetch(wire=Wire(clock, resolve=guard.resolve), clock=clock)
+    fetch = Fetch(wire=given.new_wire(guard.resolve), clock=clock)
     bucket = R2(
         endpoint_url=config.r2_endpoint,
         bucket=config.r2_bucket,
@@ -53,30 +85,43 @@ def build(config: Settings, clock: Clock) -> Service:
         secret_access_key=config.r2_secret_access_key,
         public_base_url=config.r2_public_base_url,
     )
+    webhooks = Webhooks(config.public_base_url, config.webhook_secret)
     steps = Steps(
         runpod=runpod,
-        results=Results(fetch=fetch, bucket=bucket),
+        results=Results(
+            fetch=fetch, bucket=bucket, spool=Spool(config.spool_bucket) if config.spool_bucket else None, clock=clock
+        ),
         clock=clock,
         rng=rng,
         default_endpoint_id=config.runpod_endpoint_id,
-        max_attempts=config.max_attempts,
+        attempts=Attempts(maximum=config.max_attempts, worker_failed=config.retry_worker_failed),
+        deadlines=Deadlines(start=config.start_deadline, run=config.run_deadline),
+        webhooks=webhooks,
     )
     saver = Saver(store=store, runpod=runpod, clock=clock, rng=rng)
     return Service(
         settings=config,
         store=store,
-        pipeline=Pipeline(store=store, steps=steps, saver=saver, clock=clock, rng=rng),
+        pipeline=Pipeline(
+            store=store,
+            steps=steps,
+            saver=saver,
+            clock=clock,
+            rng=rng,
+            webhooks=webhooks,
+            new_crew=given.new_crew,
+        ),
         bucket=bucket,
         clock=clock,
     )
 
 
-def make_d1(config: Settings, wire: Wire, clock: Clock) -> D1:
+def make_d1(config: Settings, wire: Wire, clock: Clock, *, rng: Random | None = None) -> D1:
     """The D1 database that the settings name."""
     return D1(
         wire=wire,
         clock=clock,
-        rng=SystemRandom(),
+        rng=rng or SystemRandom(),
         base_url=config.cloudflare_api_base,
         account_id=config.cloudflare_account_id,
         database_id=config.d1_database_id,

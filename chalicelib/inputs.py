@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from chalice.app import Request
 
 from chalicelib import jobs
 from chalicelib.errors import RequestError
-from chalicelib.jobs import DEFAULT_MODEL, Job, Status
+from chalicelib.jobs import DEFAULT_MODEL, Status
 from chalicelib.store import NEWEST
 
 MAX_BODY_BYTES = 512 * 1024
@@ -131,6 +132,25 @@ def read_cursor(text: str | None) -> tuple[str, str]:
     return words[0], words[1]
 
 
-def make_cursor(job: Job) -> str:
+def make_cursor(at: str | None, job_id: str) -> str:
     """Where the next page begins."""
-    return base64.urlsafe_b64encode(json.dumps([job.created_at, job.id]).encode()).decode().rstrip("=")
+    return base64.urlsafe_b64encode(json.dumps([at, job_id]).encode()).decode().rstrip("=")
+
+
+def read_error_code(text: object) -> str | None:
+    """The one code that dead letters shall have, if one is asked for."""
+    if text is not None and not (isinstance(text, str) and re.fullmatch("[a-z0-9_]{1,60}", text)):
+        raise RequestError(
+            "error_code_invalid", "error_code must be a code as the dead letters have it, such as r2_failed."
+        )
+    return text
+
+
+def read_redrive(body: dict[str, Any]) -> tuple[int, str | None, bool]:
+    """How many dead letters to redrive, of which code, and whether only to say which."""
+    limit, dry_run = body.get("limit", DEFAULT_LIMIT), body.get("dry_run", False)
+    if type(limit) is not int or not 1 <= limit <= MAX_LIMIT:
+        raise RequestError("limit_invalid", f"limit must be a whole number from 1 to {MAX_LIMIT}.")
+    if not isinstance(dry_run, bool):
+        raise RequestError("dry_run_invalid", "dry_run must be true or false.")
+    return limit, read_error_code(body.get("error_code")), dry_run

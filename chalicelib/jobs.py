@@ -8,7 +8,13 @@ and off that road:
     submit      accept ▶ poll (the answer came late)
     submitting  give_back, expire ▶ submit · doubt ▶ submitting · fail ▶ error
     poll        observe ▶ poll · rerun ▶ submit · fail ▶ error · confirm_cancel ▶ cancelled
-    store       hold ▶ store · fail, bury ▶ error
+    store       hold, put_back ▶ store · fail, bury ▶ error
+
+and by a user alone:
+
+    submit      cancel ▶ cancelled
+    error       retry ▶ submit · redrive ▶ store
+    cancelled   retry ▶ submit
 
 `status` is what people see, `step` what the pipeline does next. A verb takes a job and returns the Change to save.
 """
@@ -58,7 +64,7 @@ STATUS_OF = {
     State.CANCELLED: Status.CANCELLED,
 }
 
-# Every move there is. `claim`, `expire` and `accept` are made by queries.sql, which repeats the arrow in a comment.
+# Every move there is. Those made by queries.sql have their arrow repeated there in a comment.
 TRANSITIONS: Mapping[str, tuple[frozenset[State], State]] = {
     "claim": (frozenset({State.SUBMIT}), State.SUBMITTING),
     "expire": (frozenset({State.SUBMITTING}), State.SUBMIT),
@@ -69,17 +75,30 @@ TRANSITIONS: Mapping[str, tuple[frozenset[State], State]] = {
     "complete": (frozenset({State.POLL}), State.STORE),
     "rerun": (frozenset({State.POLL}), State.SUBMIT),
     "hold": (frozenset({State.STORE}), State.STORE),
+    "put_back": (frozenset({State.STORE}), State.STORE),
     "finish": (frozenset({State.STORE}), State.DONE),
     "fail": (frozenset({State.SUBMITTING, State.POLL, State.STORE}), State.ERROR),
     "bury": (frozenset({State.STORE}), State.ERROR),
     "confirm_cancel": (frozenset({State.POLL}), State.CANCELLED),
+    "cancel": (frozenset({State.SUBMIT}), State.CANCELLED),
+    "retry": (frozenset({State.ERROR, State.CANCELLED}), State.SUBMIT),
+    "redrive": (frozenset({State.ERROR}), State.STORE),
+}
+BY_USER = frozenset({"cancel", "retry", "redrive"})
+
+FINAL = frozenset(State) - {
+    state for verb, (sources, _) in TRANSITIONS.items() if verb not in BY_USER for state in sources
 }
 
-FINAL = frozenset(State) - {state for sources, _ in TRANSITIONS.values() for state in sources}
-
 DEFAULT_MODEL = "qwen-image"
+IN_QUEUE = "IN_QUEUE"  # what RunPod says before a worker has begun
 
-MAX_WARNINGS = 10  # in the timeline
+RUNPOD_KEEPS = timedelta(minutes=30)  # a result, from the end of its run
+SAFE_FOR = timedelta(days=1)  # that a result is tried which lies in the spool or behind the worker's links
+NEVER = datetime(9998, 1, 1, tzinfo=UTC)
+
+MAX_WARNINGS = 10  # of a result
+MAX_LINKS_CHARS = 100_000  # of the links of one result that are kept
 MAX_ERROR_CHARS = 2_000  # of error_message; a worker's traceback would fill the list that a page loads
 
 
@@ -92,6 +111,9 @@ def from_text(text: str) -> datetime:
     """A moment from the table; SQLite's own `YYYY-MM-DD HH:MM:SS` (UTC) is understood too. Raises ValueError."""
     moment = datetime.fromisoformat(text)
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+File = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +137,22 @@ class Job:
     version: int = 0
     attempt: int = 0
     failures: int = 0
+    holds: int = 0
+    attempt_base: int = 0
     due_at: str = ""
     intent_version: int | None = None
     runpod_status: str | None = None
     outputs: str | None = None
+    links: str | None = None
+    warnings: str | None = None
     error_code: str | None = None
     dead_at: str | None = None
     cancel_at: str | None = None
     submitted_at: str | None = None
+    started_at: str | None = None
     completed_at: str | None = None
+    result_until: str | None = None
+    deadline_at: str | None = None
     queue_ms: int | None = None
     execution_ms: int | None = None
 
@@ -145,10 +174,31 @@ class Job:
         return State.SUBMIT if self.status == Status.QUEUED else State.SUBMITTING
 
     @cached_property
-    def files(self) -> list[dict[str, Any]]:
-        """The files of the result that are in R2: key, url, content_type, bytes, sha256, width, height."""
-        files: list[dict[str, Any]] = json.loads(self.outputs) if self.outputs else []
-        return files
+    def kept(self) -> list[File]:
+        """The files of the result that are in R2 or, marked as `spooled`, in the spool."""
+        kept: list[File] = json.loads(self.outputs) if self.outputs else []
+        return kept
+
+    @property
+    def files(self) -> list[File]:
+        """Those in R2: key, url, content_type, bytes, sha256, width, height."""
+        return [file for file in self.kept if not file.get("spooled")]
+
+    @property
+    def spooled(self) -> list[File]:
+        """Those that are still to be put into R2, from the spool."""
+        return [file for file in self.kept if file.get("spooled")]
+
+    @property
+    def left(self) -> str:
+        """What the rest of the result can be had from without a new run: the spool, the worker's links, or RunPod."""
+        if self.warnings is not None:
+            return "spool"
+        # A file that stands in the answer itself has no link, and has to be kept already.
+        places = json.loads(self.links) if self.links else [None]
+        stems = {stem_of(file["key"]) for file in self.kept}
+        missing = [url for number, url in enumerate(places, start=1) if result_stem(self, number) not in stems]
+        return "links" if None not in missing else "runpod"
 
     @property
     def payload(self) -> dict[str, Any]:
@@ -169,9 +219,18 @@ class Change:
     detail: dict[str, Any] = field(default_factory=dict)
     error: ServiceError | None = None
     accepted: bool = False  # a fact about an attempt: guarded by the attempt and a NULL RunPod id, not by the version
+    by_user: bool = False  # the only kind that may touch a final row
 
 
-def new(*, job_id: str, prompt: str, model: str, payload: dict[str, Any] | None, now: datetime) -> Job:
+def new(
+    *,
+    job_id: str,
+    prompt: str,
+    model: str,
+    payload: dict[str, Any] | None,
+    deadline_at: str | None = None,
+    now: datetime,
+) -> Job:
     """A job that waits to be submitted."""
     created_at = to_text(now)
     own_input = None if payload is None else json.dumps(payload, ensure_ascii=False)
@@ -183,6 +242,7 @@ def new(*, job_id: str, prompt: str, model: str, payload: dict[str, Any] | None,
         step=State.SUBMIT,
         version=1,
         due_at=created_at,
+        deadline_at=deadline_at,
         created_at=created_at,
         updated_at=created_at,
     )
@@ -207,6 +267,11 @@ def result_stem(job: Job, number: int) -> str:
     return f"jobs/{job.created_at[0:4]}/{job.created_at[5:7]}/{folder}/{name}"
 
 
+def stem_of(key: str) -> str:
+    """A key without its ending."""
+    return key.rpartition(".")[0]
+
+
 def _move(
     job: Job,
     verb: str,
@@ -226,7 +291,7 @@ def _move(
         status=STATUS_OF[target],
         step=target.value if live else None,
         finished_at=None if live else to_text(now),
-        **columns,
+        **{"holds": 0, **columns},
     )
     why = {"code": error.code, "reason": error.sentence[:MAX_ERROR_CHARS]} if error else {}
     return Change(
@@ -236,16 +301,17 @@ def _move(
         detail={"attempt": job.attempt, **why, **(detail or {})},
         error=error,
         accepted=verb == "accept",
+        by_user=verb in BY_USER,
     )
 
 
-def accept(job: Job, *, runpod_job_id: str, runpod_status: str, now: datetime) -> Change:
-    """RunPod has taken this attempt; it is looked at from now on."""
+def accept(job: Job, *, runpod_job_id: str, runpod_status: str, now: datetime, adopted: bool = False) -> Change:
+    """RunPod has taken this attempt; it is looked at from now on. `adopted`: its own callback told us so."""
     return _move(
         job,
         "accept",
         event="submitted",
-        detail={"runpod_job_id": runpod_job_id},
+        detail={"runpod_job_id": runpod_job_id, **({"adopted": True} if adopted else {})},
         now=now,
         runpod_job_id=runpod_job_id,
         runpod_status=runpod_status,
@@ -285,11 +351,21 @@ def return_unsent(job: Job, *, now: datetime) -> Change:
 
 def observe(job: Job, *, runpod: Mapping[str, Any], now: datetime) -> Change:
     """RunPod says something new of an unfinished run, such as that a worker has begun."""
-    return _move(job, "observe", event="observed", detail={"runpod_status": runpod["runpod_status"]}, now=now, **runpod)
+    begun = runpod["runpod_status"] != IN_QUEUE
+    return _move(
+        job,
+        "observe",
+        event="observed",
+        detail={"runpod_status": runpod["runpod_status"]},
+        now=now,
+        started_at=job.started_at or (to_text(now) if begun else None),
+        **runpod,
+    )
 
 
 def complete(job: Job, *, lease_until: str, runpod: Mapping[str, Any], now: datetime) -> Change:
     """RunPod is finished, and forgets the result in half an hour; whoever saves this stores it."""
+    ended_at = _earliest_end(job, runpod, now)
     detail = {name: runpod[name] for name in ("queue_ms", "execution_ms") if runpod.get(name) is not None}
     return _move(
         job,
@@ -297,11 +373,25 @@ def complete(job: Job, *, lease_until: str, runpod: Mapping[str, Any], now: date
         event="completed",
         detail=detail,
         now=now,
-        completed_at=to_text(now),
+        completed_at=to_text(ended_at),
+        result_until=to_text(ended_at + RUNPOD_KEEPS),
+        outputs=None,
+        links=None,
+        warnings=None,
         due_at=lease_until,
         failures=0,
+        holds=1,
         **runpod,
     )
+
+
+def _earliest_end(job: Job, runpod: Mapping[str, Any], now: datetime) -> datetime:
+    """When the run can have ended at the earliest; it may be long before anybody looked."""
+    times = (runpod.get("queue_ms"), runpod.get("execution_ms"))
+    if job.submitted_at is None or times[1] is None:
+        return now
+    lasted = timedelta(milliseconds=sum(time or 0 for time in times))
+    return min(now, max(from_text(job.submitted_at) + lasted, now - RUNPOD_KEEPS))
 
 
 def rerun(job: Job, error: ServiceError, *, runpod: Mapping[str, Any], now: datetime) -> Change:
@@ -340,11 +430,55 @@ def confirm_cancel(job: Job, *, runpod: Mapping[str, Any], now: datetime) -> Cha
     return _move(job, "confirm_cancel", event="cancelled", now=now, **runpod)
 
 
-def keep(job: Job, files: list[dict[str, Any]]) -> Job:
-    """The job with what of its result is in R2 by now; where that is more than before, its failures are forgotten."""
-    if len(files) <= len(job.files):
-        return job
-    return replace(job, outputs=json.dumps(files, ensure_ascii=False), failures=0)
+def keep(
+    job: Job,
+    kept: list[File],
+    *,
+    links: list[str | None],
+    problems: Iterable[ServiceError] | None,
+) -> Job:
+    """
+    The job with what of its result we have by now, and what of it is elsewhere; where that is more than before, its
+    failures are forgotten. With `problems` RunPod is not needed any more: every file that can be had is here.
+    """
+    return replace(
+        job,
+        outputs=json.dumps(kept, ensure_ascii=False) if kept else None,
+        links=_listed(links),
+        warnings=job.warnings if problems is None else json.dumps(_warnings(problems), ensure_ascii=False),
+        failures=0 if _progress(kept) > _progress(job.kept) else job.failures,
+    )
+
+
+def keep_for_a_day(job: Job, *, now: datetime) -> Job:
+    """The job with its result tried for a day, not for the half hour that RunPod keeps it; a redrive may say longer."""
+    end = _moment(job.completed_at or "", now) + SAFE_FOR
+    return replace(job, result_until=max(job.result_until or "", to_text(end)))
+
+
+def _listed(links: list[str | None]) -> str:
+    listed = json.dumps(links)
+    return listed if len(listed) <= MAX_LINKS_CHARS else json.dumps([None] * len(links))
+
+
+def _progress(kept: list[File]) -> tuple[int, int]:
+    return len(kept), sum(not file.get("spooled") for file in kept)
+
+
+def _moment(text: str, default: datetime) -> datetime:
+    try:
+        return from_text(text)
+    except ValueError:
+        return default
+
+
+def _warnings(problems: Iterable[ServiceError]) -> list[dict[str, str]]:
+    return [{"code": error.code, "reason": error.sentence[:MAX_ERROR_CHARS]} for error in problems][:MAX_WARNINGS]
+
+
+def put_back(job: Job, *, now: datetime) -> Change:
+    """The claim was made but there was no time to store it: due again at once, with nothing counted against it."""
+    return _move(job, "put_back", event="not_stored", now=now, due_at=to_text(now), holds=max(0, job.holds - 1))
 
 
 def hold(job: Job, error: ServiceError, *, now: datetime, rng: Random) -> Change:
@@ -376,13 +510,14 @@ def bury(job: Job, error: ServiceError, *, now: datetime) -> Change:
         error_code=error.code,
         error_message=error.sentence[:MAX_ERROR_CHARS],
         dead_at=to_text(now),
+        failures=job.failures + 1,
     )
 
 
 def finish(job: Job, *, problems: Iterable[ServiceError] = (), now: datetime) -> Change:
     """Every file of the result is in R2, but for those that never will be because of the problems."""
     first = job.files[0]
-    warnings = [{"code": error.code, "reason": error.sentence[:MAX_ERROR_CHARS]} for error in problems]
+    warnings = _warnings(problems)
     return _move(
         job,
         "finish",
@@ -391,7 +526,7 @@ def finish(job: Job, *, problems: Iterable[ServiceError] = (), now: datetime) ->
             "key": first["key"],
             "bytes": first["bytes"],
             "files": len(job.files),
-            **({"warnings": warnings[:MAX_WARNINGS]} if warnings else {}),
+            **({"warnings": warnings} if warnings else {}),
         },
         now=now,
         result_r2_key=first["key"],
@@ -399,4 +534,56 @@ def finish(job: Job, *, problems: Iterable[ServiceError] = (), now: datetime) ->
         error_code=None,
         error_message=None,
         failures=0,
+        links=None,
+        warnings=None,
+        result_until=None,
+    )
+
+
+def retry_job(job: Job, *, deadline_at: str, now: datetime) -> Change:
+    """A user wants a new attempt; what the earlier ones left in the table is forgotten."""
+    forgotten = (
+        "runpod_job_id",
+        "runpod_status",
+        "outputs",
+        "links",
+        "warnings",
+        "error_code",
+        "error_message",
+        "dead_at",
+        "cancel_at",
+        "submitted_at",
+        "started_at",
+        "completed_at",
+        "result_until",
+        "queue_ms",
+        "execution_ms",
+    )
+    return _move(
+        job,
+        "retry",
+        event="retried",
+        now=now,
+        attempt_base=job.attempt,
+        failures=0,
+        due_at=to_text(now),
+        deadline_at=deadline_at,
+        **dict.fromkeys(forgotten),
+    )
+
+
+def redrive(job: Job, *, now: datetime) -> Change:
+    """A user has mended what kept a result from being stored: it is tried again, without a new run."""
+    ends = {"spool": to_text(now + SAFE_FOR), "links": to_text(now + RUNPOD_KEEPS), "runpod": job.result_until}
+    return _move(
+        job,
+        "redrive",
+        event="redriven",
+        now=now,
+        failures=0,
+        due_at=to_text(now),
+        result_until=ends[job.left],
+        error_code=None,
+        error_message=None,
+        dead_at=None,
     )

@@ -50,7 +50,7 @@ class Link:
 class Findings:
     """What an answer contains: its files in the worker's order, and what is wrong beside them."""
 
-    files: tuple[Inline | Link, ...]
+    files: tuple[Inline | Link | None, ...]  # None: one that need not be fetched any more
     problems: tuple[PermanentError, ...] = ()
 
 

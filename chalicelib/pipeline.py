@@ -7,17 +7,19 @@ It runs four rounds a minute; two at once, here or in another process, do no har
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from uuid import UUID
 
 from chalicelib import jobs, log
-from chalicelib.errors import IndeterminateError, PermanentError, RequestError, ServiceError
-from chalicelib.jobs import Change, Job
+from chalicelib.errors import IndeterminateError, PermanentError, RequestError, ServiceError, TransientError
+from chalicelib.jobs import FINAL, Change, Job, State
 from chalicelib.rounds import DoubtfulClaim, Report, Round
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saver
 from chalicelib.steps import Steps
 from chalicelib.store import Store, new_nonce
+from chalicelib.webhooks import Webhooks
 
 ROUNDS = 4  # a minute
 ROUND_EVERY = 15.0  # seconds from start to start
@@ -25,7 +27,9 @@ ROUND_BUDGET = 10.0  # seconds that must be left for a round after the first
 THREADS = 16  # that ask side by side
 
 CREATE_TIMEOUT = 8.0  # seconds
+VERB_TIMEOUT = 8.0  # seconds
 CALLS_KEPT_FOR_ROUNDS = 100  # under this many D1 calls left, creating only queues: one call, not two
+CALLS_KEPT_FROM_WEBHOOKS = 300  # under this many, RunPod's callbacks leave the work to the rounds
 
 
 @dataclass(kw_only=True)
@@ -37,13 +41,22 @@ class Pipeline:
     saver: Saver
     clock: Clock
     rng: Random
+    webhooks: Webhooks
     new_crew: Callable[[int], Crew] = Crew
     doubtful: DoubtfulClaim = field(default_factory=DoubtfulClaim)
 
     def new_job(self, *, prompt: str, model: str, payload: dict[str, object] | None) -> Job:
         """A job with an id of its own, not yet in the table."""
         job_id = str(UUID(int=self.rng.getrandbits(128), version=4))
-        return jobs.new(job_id=job_id, prompt=prompt, model=model, payload=payload, now=self.clock.now())
+        now = self.clock.now()
+        return jobs.new(
+            job_id=job_id,
+            prompt=prompt,
+            model=model,
+            payload=payload,
+            deadline_at=self.store.deadline_at(now),
+            now=now,
+        )
 
     def create(self, job: Job, deadline: Deadline) -> None:
         """
@@ -80,6 +93,139 @@ class Pipeline:
             return named, None
         change = self._send(claimed, deadline)
         return change.job, change.error
+
+    def cancel(self, job_id: str, deadline: Deadline) -> Job:
+        """
+        Cancel the job, or stop its run at RunPod; the job as it stands then, its run perhaps still about to be stopped.
+
+        Raises RequestError where there is no such job, or nothing to cancel.
+        """
+        nonce, now = new_nonce(self.rng), self.clock.now()
+        job = self.store.cancel(job_id, nonce=nonce, now=now, timeout=deadline.cap(VERB_TIMEOUT))
+        if job is None:
+            raise _unknown()
+        if job.state is State.CANCELLED or (job.cancel_at and job.state is State.SUBMITTING):
+            return job
+        if job.state is not State.POLL:
+            raise RequestError("job_not_cancellable", _why_not_cancelled(job))
+        return self._look_at(job, deadline)
+
+    def retry(self, job_id: str, deadline: Deadline) -> Job:
+        """
+        Have a job drawn once more that has ended without a picture. One more paid run.
+
+        Raises RequestError where there is no such job, it is live, or it has its picture.
+        """
+        job = self._get(job_id, deadline)
+        if job.state not in (State.ERROR, State.CANCELLED):
+            raise RequestError("job_not_retryable", _why_not_retried(job))
+        now = self.clock.now()
+        return self._reopen(jobs.retry_job(job, deadline_at=self.store.deadline_at(now), now=now), deadline)
+
+    def redrive(self, job_id: str, deadline: Deadline) -> Job:
+        """
+        Have the result of a dead letter stored, from where it is left; no GPU is called.
+
+        Raises RequestError where there is no such job, it is no dead letter, or nothing is left of its result.
+        """
+        job = self._get(job_id, deadline)
+        if job.dead_at is None:
+            raise RequestError(
+                "not_dead", f"This job is {job.status}, and no dead letter; there is nothing to redrive."
+            )
+        if not self.steps.has_result(job, timeout=deadline.cap(VERB_TIMEOUT)):
+            raise RequestError(
+                "result_lost", "Nothing is left of this result: RunPod has forgotten it. A retry draws it again."
+            )
+        return self._reopen(jobs.redrive(job, now=self.clock.now()), deadline)
+
+    def redrive_many(
+        self, deadline: Deadline, *, limit: int, error_code: str | None, dry_run: bool
+    ) -> tuple[list[Job], list[Job]]:
+        """
+        Redrive dead letters, newest first; those of which something is left, and those of which nothing is.
+
+        Raises what D1 raises, and TransientError where RunPod does not say of one of them what is left.
+        """
+        dead = self.store.dead_letters(limit=limit, error_code=error_code, timeout=deadline.cap(VERB_TIMEOUT))
+        left = self._with_result(dead, deadline)
+        redriven = [job for job in dead if job.id in left]
+        if redriven and not dry_run:
+            now = self.clock.now()
+            self._save_by_user([jobs.redrive(job, now=now) for job in redriven], deadline)
+        return redriven, [job for job in dead if job.id not in left]
+
+    def _with_result(self, dead: list[Job], deadline: Deadline) -> set[str]:
+        def ask(job: Job) -> tuple[str, bool]:
+            return job.id, self.steps.has_result(job, timeout=deadline.cap(VERB_TIMEOUT))
+
+        answers: list[object] = []
+        with self.new_crew(THREADS) as crew:
+            for job in dead:
+                crew.start(partial(ask, job))
+            while crew.busy:
+                answers += crew.wait(1.0)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return {answer[0] for answer in answers if isinstance(answer, tuple) and answer[1]}
+
+    def webhook(self, job_id: str, attempt: str, token: str, body: bytes, deadline: Deadline) -> str:
+        """
+        What RunPod says of a run's end is a hint to look now; in a word, what came of it.
+
+        It also names the run whose answer to /run was lost. Raises RequestError where it is not genuine.
+        """
+        number, run_id = self.webhooks.read(job_id, attempt, token, body)
+        calls_left = self.store.calls_left()
+        if calls_left is not None and calls_left < CALLS_KEPT_FROM_WEBHOOKS:
+            return "left to the next round"
+        job = self._get(job_id, deadline)
+        if job.attempt != number or job.state not in (State.SUBMIT, State.SUBMITTING, State.POLL):
+            return "nothing to do"
+        if job.state is not State.POLL:
+            return self._adopt(job, run_id, deadline)
+        if job.runpod_job_id != run_id:
+            return "nothing to do"
+        self._look_at(job, deadline)
+        return "looked at"
+
+    def _adopt(self, job: Job, run_id: str, deadline: Deadline) -> str:
+        change = self.steps.adopt(job, run_id, deadline)
+        if change is None:
+            return "nothing to do"
+        saved = self.saver.save([change], deadline)
+        if saved.error:
+            raise saved.error
+        for won in saved.won:
+            self._look_at(won.job, deadline)
+        return "adopted" if saved.won else "nothing to do"
+
+    def _look_at(self, job: Job, deadline: Deadline) -> Job:
+        """The next steps of one job now; the job as it is then."""
+        report = self._new_round(1, deadline, lambda round_: round_.run_for([job]))
+        return next((updated for updated in report.updated if updated.id == job.id), job)
+
+    def _get(self, job_id: str, deadline: Deadline) -> Job:
+        job = self.store.get(job_id, timeout=deadline.cap(VERB_TIMEOUT))
+        if job is None:
+            raise _unknown()
+        return job
+
+    def _reopen(self, change: Change, deadline: Deadline) -> Job:
+        if self._save_by_user([change], deadline):
+            return change.job
+        # Somebody else did it first, or we did and the answer was lost: the row says what it is now.
+        job = self._get(change.job.id, deadline)
+        if job.state in FINAL:
+            raise TransientError("job_changed", "The job has changed at the same moment; look at it and try again.")
+        return job
+
+    def _save_by_user(self, changes: list[Change], deadline: Deadline) -> dict[str, int]:
+        # Not by the saver: what a caller was told has failed must not happen later all the same.
+        return self.store.save(
+            changes, nonce=new_nonce(self.rng), now=self.clock.now(), timeout=deadline.cap(VERB_TIMEOUT)
+        )
 
     def _send(self, job: Job, deadline: Deadline) -> Change:
         change = self.steps.submit(job, deadline)
@@ -125,18 +271,39 @@ class Pipeline:
 
     def run_round(self, deadline: Deadline, *, ignore_due: bool = False) -> Report:
         """One pass over every due job. Raises ServiceError where the claim fails; what was won before is carried on."""
+        return self._new_round(THREADS, deadline, lambda round_: round_.run(ignore_due=ignore_due))
+
+    def _new_round(self, threads: int, deadline: Deadline, run: Callable[[Round], Report]) -> Report:
         start = self.clock.monotonic()
-        with self.new_crew(THREADS) as crew:
-            report = Round(
-                store=self.store,
-                steps=self.steps,
-                saver=self.saver,
-                clock=self.clock,
-                rng=self.rng,
-                crew=crew,
-                deadline=deadline,
-                doubtful=self.doubtful,
-            ).run(ignore_due=ignore_due)
+        with self.new_crew(threads) as crew:
+            report = run(
+                Round(
+                    store=self.store,
+                    steps=self.steps,
+                    saver=self.saver,
+                    clock=self.clock,
+                    rng=self.rng,
+                    crew=crew,
+                    deadline=deadline,
+                    doubtful=self.doubtful,
+                )
+            )
         seconds = self.clock.monotonic() - start
         log.round_over(checked=report.checked, submitted=report.submitted, updated=len(report.updated), seconds=seconds)
         return report
+
+
+def _unknown() -> RequestError:
+    return RequestError("job_not_found", "There is no job with this id.")
+
+
+def _why_not_cancelled(job: Job) -> str:
+    if job.state is State.STORE:
+        return "The picture is drawn already and is being stored; there is nothing to cancel."
+    return f"This job is {job.status} already; there is nothing to cancel."
+
+
+def _why_not_retried(job: Job) -> str:
+    if job.state is State.DONE:
+        return "This job has its picture; create a new job for another one."
+    return f"This job is {job.status} already; wait for its end, or cancel it first."

@@ -6,11 +6,13 @@
 
 -- name: create_jobs
 -- Insert the rows that are not there yet.
-INSERT INTO jobs (id, status, step, prompt, model, input, endpoint_id, version, attempt, intent_version, due_at, claimer, created_at, updated_at)
+INSERT INTO jobs (
+  id, status, step, prompt, model, input, endpoint_id, version, attempt, intent_version, due_at, deadline_at, claimer, created_at, updated_at
+)
 SELECT
   json_extract(value, '$.id'), 'queued', json_extract(value, '$.step'), json_extract(value, '$.prompt'), json_extract(value, '$.model'),
   json_extract(value, '$.input'), json_extract(value, '$.endpoint_id'), json_extract(value, '$.version'), json_extract(value, '$.attempt'),
-  json_extract(value, '$.intent_version'), json_extract(value, '$.due_at'), :nonce,
+  json_extract(value, '$.intent_version'), json_extract(value, '$.due_at'), json_extract(value, '$.deadline_at'), :nonce,
   json_extract(value, '$.created_at'), json_extract(value, '$.updated_at')
 FROM json_each(:rows)
 WHERE true
@@ -69,12 +71,29 @@ SET step = 'submit', status = 'queued', version = version + 1, due_at = :now, up
 WHERE status IN ('queued', 'running') AND step = 'submitting' AND due_at <= :now
 
 
+-- name: cancel_waiting_event
+-- Say in the timeline that a cancelled job has come back unsent.
+INSERT INTO job_events (job_id, version, n, at, event, detail)
+SELECT id, version + 1, 0, :now, 'cancelled', json_object('attempt', attempt)
+FROM jobs
+WHERE status IN ('queued', 'running') AND cancel_at IS NOT NULL AND step = 'submit'
+ON CONFLICT DO NOTHING
+
+
+-- name: cancel_waiting
+-- cancel: submit -> cancelled. The user cancelled it while it was being sent, or was to be sent again.
+UPDATE jobs
+SET status = 'cancelled', step = NULL, version = version + 1, claimer = NULL, finished_at = :now, updated_at = :now
+WHERE status IN ('queued', 'running') AND cancel_at IS NOT NULL AND step = 'submit'
+
+
 -- name: claim_submits
 -- claim: submit -> submitting. The intent is on disk before any paid call; at most :limit rows and :bytes of input.
 UPDATE jobs
 SET
   step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
-  runpod_job_id = NULL, runpod_status = NULL, endpoint_id = :endpoint_id, claimer = :nonce, due_at = :unknown_at, updated_at = :now
+  runpod_job_id = NULL, runpod_status = NULL, endpoint_id = :endpoint_id, claimer = :nonce, due_at = :unknown_at, updated_at = :now,
+  deadline_at = coalesce(deadline_at, :deadline_at)
 WHERE id IN (
   SELECT id
   FROM (
@@ -100,11 +119,12 @@ WHERE id IN (
 UPDATE jobs
 SET
   step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
-  runpod_job_id = NULL, runpod_status = NULL, endpoint_id = :endpoint_id, claimer = :nonce, due_at = :unknown_at, updated_at = :now
+  runpod_job_id = NULL, runpod_status = NULL, endpoint_id = :endpoint_id, claimer = :nonce, due_at = :unknown_at, updated_at = :now,
+  deadline_at = coalesce(deadline_at, :deadline_at)
 WHERE id = coalesce(:id, (
-    SELECT id FROM jobs WHERE status = 'queued' AND step = 'submit' ORDER BY created_at, id LIMIT 1
+    SELECT id FROM jobs WHERE status = 'queued' AND step = 'submit' AND cancel_at IS NULL ORDER BY created_at, id LIMIT 1
   ))
-  AND step = 'submit' AND status IN ('queued', 'running')
+  AND step = 'submit' AND status IN ('queued', 'running') AND cancel_at IS NULL
   -- A repeat of this batch must not take a second job.
   AND NOT EXISTS (SELECT 1 FROM jobs WHERE claimer = :nonce AND status IN ('queued', 'running'))
 
@@ -121,7 +141,7 @@ ON CONFLICT DO NOTHING
 -- name: claim_polls
 -- Take due polls for this round. No lease and no new version: looking twice does no harm.
 UPDATE jobs
-SET claimer = :nonce, due_at = :poll_again_at
+SET claimer = :nonce, due_at = :poll_again_at, deadline_at = coalesce(deadline_at, :deadline_at)
 WHERE id IN (
   SELECT id
   FROM jobs
@@ -134,14 +154,32 @@ WHERE id IN (
 -- name: claim_stores
 -- Take finished results whose lease has ended, for as long as this invocation can live.
 UPDATE jobs
-SET claimer = :nonce, due_at = :lease_until, version = version + 1, updated_at = :now
+SET claimer = :nonce, due_at = :lease_until, version = version + 1, holds = holds + 1, updated_at = :now
 WHERE id IN (
   SELECT id
   FROM jobs
-  WHERE status IN ('queued', 'running') AND step = 'store' AND due_at <= :now
+  WHERE status IN ('queued', 'running') AND step = 'store' AND due_at <= :now AND holds + 1 < CAST(:suspect AS INTEGER)
   ORDER BY due_at
   LIMIT CAST(:limit AS INTEGER)
 )
+
+
+-- name: claim_suspect
+-- The same for one result whose holders have ended without a word; at most one at a time.
+UPDATE jobs
+SET claimer = :nonce, due_at = :lease_until, version = version + 1, holds = holds + 1, updated_at = :now
+WHERE id = (
+    SELECT id
+    FROM jobs
+    WHERE status IN ('queued', 'running') AND step = 'store' AND due_at <= :now AND holds + 1 >= CAST(:suspect AS INTEGER)
+    ORDER BY due_at
+    LIMIT 1
+  )
+  -- A repeat of this batch must not take a second one.
+  AND NOT EXISTS (
+    SELECT 1 FROM jobs
+    WHERE claimer = :nonce AND status IN ('queued', 'running') AND step = 'store' AND holds >= CAST(:suspect AS INTEGER)
+  )
 
 
 -- name: select_claimed
@@ -152,6 +190,9 @@ SELECT
   CASE WHEN step = 'submitting' THEN prompt END AS prompt,
   CASE WHEN step = 'submitting' THEN input END AS input,
   CASE WHEN step = 'store' THEN outputs END AS outputs,
+  CASE WHEN step = 'store' THEN links END AS links,
+  CASE WHEN step = 'store' THEN warnings END AS warnings,
+  holds, attempt_base, started_at, deadline_at, result_until,
   created_at, updated_at, submitted_at, completed_at, cancel_at, runpod_status, queue_ms, execution_ms
 FROM jobs
 WHERE claimer = :nonce AND status IN ('queued', 'running') AND (step IN ('poll', 'store') OR (step = 'submitting' AND intent_version = version))
@@ -167,6 +208,7 @@ SET
   runpod_job_id = json_extract(row.value, '$.runpod_job_id'),
   runpod_status = json_extract(row.value, '$.runpod_status'),
   submitted_at = json_extract(row.value, '$.submitted_at'),
+  started_at = NULL,
   due_at = json_extract(row.value, '$.due_at')
 FROM json_each(:accepted) AS row
 WHERE jobs.id = json_extract(row.value, '$.id')
@@ -187,7 +229,10 @@ SET
   failures = json_extract(row.value, '$.failures'),
   due_at = json_extract(row.value, '$.due_at'),
   runpod_status = json_extract(row.value, '$.runpod_status'),
+  holds = json_extract(row.value, '$.holds'),
   outputs = json_extract(row.value, '$.outputs'),
+  links = json_extract(row.value, '$.links'),
+  warnings = json_extract(row.value, '$.warnings'),
   result_r2_key = json_extract(row.value, '$.result_r2_key'),
   result_url = json_extract(row.value, '$.result_url'),
   finished_at = json_extract(row.value, '$.finished_at'),
@@ -195,13 +240,85 @@ SET
   error_message = json_extract(row.value, '$.error_message'),
   dead_at = json_extract(row.value, '$.dead_at'),
   submitted_at = json_extract(row.value, '$.submitted_at'),
+  started_at = json_extract(row.value, '$.started_at'),
   completed_at = json_extract(row.value, '$.completed_at'),
+  result_until = json_extract(row.value, '$.result_until'),
   queue_ms = json_extract(row.value, '$.queue_ms'),
   execution_ms = json_extract(row.value, '$.execution_ms')
 FROM json_each(:guarded) AS row
 WHERE jobs.id = json_extract(row.value, '$.id')
   AND jobs.version = json_extract(row.value, '$.version')
   AND jobs.status IN ('queued', 'running')
+
+
+-- name: reopen
+-- retry: error, cancelled -> submit.
+-- redrive: error -> store. Only a user's verb may touch a final row.
+UPDATE jobs
+SET
+  version = jobs.version + 1, writer = :nonce, claimer = NULL, updated_at = :now,
+  status = json_extract(row.value, '$.status'),
+  step = json_extract(row.value, '$.step'),
+  failures = json_extract(row.value, '$.failures'),
+  holds = json_extract(row.value, '$.holds'),
+  attempt_base = json_extract(row.value, '$.attempt_base'),
+  due_at = json_extract(row.value, '$.due_at'),
+  deadline_at = json_extract(row.value, '$.deadline_at'),
+  cancel_at = json_extract(row.value, '$.cancel_at'),
+  runpod_job_id = json_extract(row.value, '$.runpod_job_id'),
+  runpod_status = json_extract(row.value, '$.runpod_status'),
+  outputs = json_extract(row.value, '$.outputs'),
+  links = json_extract(row.value, '$.links'),
+  warnings = json_extract(row.value, '$.warnings'),
+  finished_at = NULL,
+  error_code = NULL,
+  error_message = NULL,
+  dead_at = NULL,
+  submitted_at = json_extract(row.value, '$.submitted_at'),
+  started_at = json_extract(row.value, '$.started_at'),
+  completed_at = json_extract(row.value, '$.completed_at'),
+  result_until = json_extract(row.value, '$.result_until'),
+  queue_ms = json_extract(row.value, '$.queue_ms'),
+  execution_ms = json_extract(row.value, '$.execution_ms')
+FROM json_each(:reopened) AS row
+WHERE jobs.id = json_extract(row.value, '$.id')
+  AND jobs.version = json_extract(row.value, '$.version')
+  AND jobs.status IN ('error', 'cancelled')
+
+
+-- name: cancel_job
+-- cancel: submit -> cancelled. RunPod has not got it.
+UPDATE jobs
+SET
+  status = 'cancelled', step = NULL, version = version + 1, writer = :nonce, claimer = NULL,
+  cancel_at = :now, finished_at = :now, updated_at = :now
+WHERE id = :id AND status IN ('queued', 'running') AND step = 'submit'
+
+
+-- name: log_cancelled
+-- The line for it, of this request alone.
+INSERT INTO job_events (job_id, version, n, at, event, detail)
+SELECT id, version, 0, :now, 'cancelled', json_object('attempt', attempt)
+FROM jobs
+WHERE id = :id AND writer = :nonce AND status = 'cancelled'
+ON CONFLICT DO NOTHING
+
+
+-- name: ask_to_cancel
+-- RunPod has it, or may have it: whoever polls stops it there first. The version is left alone, so that the answer to a
+-- paid call that is under way can still be saved.
+UPDATE jobs
+SET cancel_at = :now, due_at = CASE WHEN step = 'poll' THEN :now ELSE due_at END, updated_at = :now
+WHERE id = :id AND status IN ('queued', 'running') AND step IN ('submitting', 'poll') AND cancel_at IS NULL
+
+
+-- name: log_asked_to_cancel
+-- A second line of the version that it was asked at.
+INSERT INTO job_events (job_id, version, n, at, event, detail)
+SELECT id, version, 1, :now, 'cancel_asked', json_object('attempt', attempt)
+FROM jobs
+WHERE id = :id AND status IN ('queued', 'running') AND step IN ('submitting', 'poll') AND cancel_at = :now
+ON CONFLICT DO NOTHING
 
 
 -- name: log_saved
@@ -242,7 +359,8 @@ SELECT version, n, at, event, detail FROM job_events WHERE job_id = :id ORDER BY
 -- Newest first, after the row that the cursor names.
 SELECT
   id, runpod_job_id, status, step, prompt, model, result_r2_key, result_url, finished_at, error_message, error_code, created_at, updated_at,
-  version, attempt, failures, due_at, runpod_status, outputs, dead_at, cancel_at, submitted_at, completed_at, queue_ms, execution_ms
+  version, attempt, failures, due_at, runpod_status, outputs, dead_at, cancel_at, submitted_at, started_at, completed_at, result_until,
+  deadline_at, queue_ms, execution_ms
 FROM jobs
 WHERE (created_at, id) < (:created_at, :id)
 ORDER BY created_at DESC, id DESC
@@ -253,8 +371,20 @@ LIMIT CAST(:limit AS INTEGER)
 -- The same, of one status.
 SELECT
   id, runpod_job_id, status, step, prompt, model, result_r2_key, result_url, finished_at, error_message, error_code, created_at, updated_at,
-  version, attempt, failures, due_at, runpod_status, outputs, dead_at, cancel_at, submitted_at, completed_at, queue_ms, execution_ms
+  version, attempt, failures, due_at, runpod_status, outputs, dead_at, cancel_at, submitted_at, started_at, completed_at, result_until,
+  deadline_at, queue_ms, execution_ms
 FROM jobs
 WHERE status = :status AND (created_at, id) < (:created_at, :id)
 ORDER BY created_at DESC, id DESC
+LIMIT CAST(:limit AS INTEGER)
+
+
+-- name: list_dead_letters
+-- Newest first, after the row that the cursor names; of one error_code where that is given.
+SELECT
+  id, runpod_job_id, status, step, prompt, model, error_message, error_code, created_at, updated_at, version, attempt, failures, due_at,
+  runpod_status, endpoint_id, outputs, links, warnings, dead_at, submitted_at, completed_at, finished_at, result_until, queue_ms, execution_ms
+FROM jobs
+WHERE dead_at IS NOT NULL AND (dead_at, id) < (:dead_at, :id) AND error_code = coalesce(:error_code, error_code)
+ORDER BY dead_at DESC, id DESC
 LIMIT CAST(:limit AS INTEGER)

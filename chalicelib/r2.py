@@ -34,7 +34,7 @@ class Source:
     etag: str
 
 
-class _Body:
+class Body:
     """A file on its way up; R2 may read it as slowly as it likes, but not beyond the deadline."""
 
     def __init__(self, file: IO[bytes], deadline: Deadline) -> None:
@@ -133,7 +133,7 @@ class R2:
             "put_object",
             deadline,
             Key=key,
-            Body=_Body(content.rewind(), deadline),
+            Body=Body(content.rewind(), deadline),
             ContentLength=content.size,
             ChecksumSHA256=base64.b64encode(content.sha256).decode(),
             **headers,
@@ -166,7 +166,7 @@ class R2:
                 deadline,
                 **upload,
                 PartNumber=number,
-                Body=_Body(io.BytesIO(part), deadline),
+                Body=Body(io.BytesIO(part), deadline),
                 ContentLength=len(part),
                 ContentMD5=checksum,
             )
@@ -190,7 +190,7 @@ class R2:
             raise _failure(error.response) from error
         except BotoCoreError as error:
             raise _no_answer() from error
-        except TimeoutError as error:  # of a _Body that boto3 reads to sign it
+        except TimeoutError as error:  # of a Body that boto3 reads to sign it
             raise _too_slow() from error
 
     def _s3(self) -> Any:

@@ -1,7 +1,8 @@
 """
-When to try again: values, and one pure function.
+Whether and when to try again: values, and two pure functions. README says what they come to.
 
-Two loops use it and never mix: inside a call (idempotent ones only, while time is left) and between rounds (due_at).
+Two loops use them and never mix: inside a call (idempotent ones only, while time is left) and between rounds (due_at).
+That RunPod does not tell a run's status has no policy: the next round asks again, until the job's deadline.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ CALL_ATTEMPTS = 3
 SUBMIT = Backoff(initial=15, factor=2, maximum=300, jitter=0.2)
 
 # A finished picture could not be fetched or put: 10 s, 20 s, 40 s, 80 s, then every 2 min. RunPod forgets after 30 min,
-# so there are about fifteen tries before that.
+# so there are about fifteen tries before that; in the spool it is tried for a day, some 700 times.
 STORE = Backoff(initial=10, factor=2, maximum=120, jitter=0.2)
 
 
@@ -42,3 +43,20 @@ def seconds_to_wait(policy: Backoff, failures: int, *, rng: Random, retry_after:
     # The exponent is capped because a float overflows after a thousand failures.
     wait = min(policy.maximum, policy.initial * policy.factor ** min(failures - 1, 64))
     return wait * (1 - policy.jitter * rng.random())
+
+
+# Failures of a run that are RunPod's, not the worker's: another attempt may well go better.
+PLATFORM_FAILURES = frozenset({"runpod_timed_out", "runpod_lost"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempts:
+    """How many GPU runs a job may have without its user; what a worker failed is repeated only where that is set."""
+
+    maximum: int
+    worker_failed: bool = False
+
+    def allow(self, code: str, *, made: int) -> bool:
+        """Whether another attempt may be made after this failure of the `made`-th."""
+        retryable = code in PLATFORM_FAILURES or (self.worker_failed and code == "worker_failed")
+        return retryable and made < self.maximum

@@ -16,8 +16,8 @@ from chalicelib.jobs import FINAL, Change, Job, State, to_text
 from chalicelib.runpod import Answer
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saved, Saver
-from chalicelib.steps import STORE_RESERVE, Steps
-from chalicelib.store import Limits, Store, new_nonce
+from chalicelib.steps import Steps
+from chalicelib.store import SUSPECT, Limits, Store, new_nonce
 
 SAVE_EVERY = 1.0  # seconds between saves while work goes on; Cloudflare allows four calls a second for everything
 CLAIM_TIMEOUT = 12.0  # seconds
@@ -26,7 +26,7 @@ LEASE_MARGIN = 5.5  # seconds that a lease outlives its deadline, which is half 
 # Seconds that must be left to begin a step; what is not begun is given back, or is due again by itself.
 SUBMIT_BUDGET = 12.0
 POLL_BUDGET = 4.0
-STORE_BUDGET = STORE_RESERVE + 0.5
+STORE_MARGIN = 0.5  # over what the step itself wants
 
 SUBMITS_PER_ROUND = 200
 
@@ -93,11 +93,26 @@ class Round:
     def run(self, *, ignore_due: bool) -> Report:
         """Run to the end: no thread is left at work when this returns. Raises ServiceError where D1 fails it."""
         self._go_on(self.saver.flush(self.deadline))
+        suspects: list[Job] = []
         try:
-            for job in self._claim(ignore_due):
-                self._start(job)
+            claimed = self._claim(ignore_due)
+            suspects = [job for job in claimed if job.state is State.STORE and job.holds >= SUSPECT]
+            for job in claimed:
+                if job not in suspects:
+                    self._start(job)
         finally:
             self._collect()
+        for job in suspects:  # alone: it may be what has killed its holders, and those who worked beside them
+            self._start(job)
+            self._collect()
+        return self._report
+
+    def run_for(self, jobs_at_hand: list[Job]) -> Report:
+        """Take the next step of these jobs alone, which nobody has claimed: at `poll`, where a look does no harm."""
+        self._go_on(self.saver.flush(self.deadline))
+        for job in jobs_at_hand:
+            self._start(job)
+        self._collect()
         return self._report
 
     def _claim(self, ignore_due: bool) -> list[Job]:
@@ -164,8 +179,8 @@ class Round:
         return Outcome(change=change, asked=True, answer=answer)
 
     def _store_result(self, job: Job, answer: Answer | None) -> Outcome:
-        if self.deadline.left() < STORE_BUDGET:
-            return Outcome()
+        if self.deadline.left() < self.steps.store_reserve + STORE_MARGIN:
+            return Outcome(change=jobs.put_back(job, now=self.clock.now()))
         return Outcome(change=self.steps.store(job, answer, self.deadline))
 
     def _collect(self) -> None:

@@ -1,6 +1,7 @@
 """RunPod's queue API: send a run, ask for it, stop it. It has no idempotency key, so /run is sent once."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -46,14 +47,25 @@ class Runpod:
         self._base_url = base_url
         self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
 
-    def run(self, endpoint_id: str, payload: dict[str, Any], *, timeout: float) -> tuple[str, str]:
+    def run(
+        self,
+        endpoint_id: str,
+        payload: dict[str, Any],
+        *,
+        webhook: str | None = None,
+        policy: Mapping[str, int] | None = None,
+        timeout: float,
+    ) -> tuple[str, str]:
         """
-        Begin a paid run; its id and status.
+        Begin a paid run; its id and status. `webhook` is told of its end, `policy` has its times in milliseconds.
 
         Raises PermanentError where the payload is refused for good, TransientError where nothing was accepted now, and
         IndeterminateError where it may have been: that one must not be sent again blindly.
         """
-        reply = self._call("POST", endpoint_id, "run", timeout=timeout, body={"input": payload})
+        # Beside `input`, not in it: there only the worker would see them.
+        beside = {"policy": policy, "webhook": webhook}
+        body = {"input": payload, **{name: value for name, value in beside.items() if value}}
+        reply = self._call("POST", endpoint_id, "run", timeout=timeout, body=body)
         if reply.status != 200:
             raise _refusal(reply)
         answer = _object(reply.body)

@@ -9,6 +9,7 @@ from typing import Any
 
 from chalicelib.errors import SettingError
 
+MAX_DEADLINE = 7 * 86_400  # seconds
 ENV_FILE = Path(__file__).parent.parent / ".env.local"
 
 
@@ -48,6 +49,22 @@ def _wait(value: str) -> int:
     if _count(value) < 60:
         raise ValueError("60 or more: a call may still be under way for that long")
     return int(value)
+
+
+def _deadline(value: str) -> int:
+    if not 60 <= _count(value) <= MAX_DEADLINE:
+        raise ValueError(f"60 to {MAX_DEADLINE}, which is what RunPod takes")
+    return int(value)
+
+
+def _secret(value: str) -> str:
+    if value and len(value) < 16:
+        raise ValueError("16 characters or more, hard to guess")
+    return value
+
+
+def _name_or_empty(value: str) -> str:
+    return value and _name(value)
 
 
 def _parts(value: str) -> frozenset[str]:
@@ -109,6 +126,37 @@ class Settings:
         "Seconds to wait after a lost answer to a paid /run before it is sent again", _wait, default="600"
     )
     max_attempts: int = _setting("Attempts of a job whose run RunPod itself lost or timed out", _count, default="2")
+    retry_worker_failed: bool = _setting(
+        "`true` gives a run that the worker itself failed another attempt too, up to MAX_ATTEMPTS",
+        _flag,
+        default="false",
+    )
+    start_deadline: int = _setting(
+        "Seconds that a run may wait at RunPod for a worker; then it is cancelled", _deadline, default="3600"
+    )
+    run_deadline: int = _setting(
+        "Seconds that a worker may take for a run; RunPod is told, over what the endpoint itself has",
+        _deadline,
+        default="1800",
+    )
+    total_deadline: int = _setting(
+        "Seconds within which a job must have been drawn, all waiting and attempts included", _deadline, default="86400"
+    )
+    public_base_url: str = _setting(
+        "Where RunPod reaches this API, to tell of a run's end; empty: every end is found by polling",
+        _url_or_empty,
+        default="",
+    )
+    webhook_secret: str = _setting(
+        "A secret of 16 characters or more for the addresses that RunPod is given; empty: none are given",
+        _secret,
+        default="",
+    )
+    spool_bucket: str = _setting(
+        "AWS S3 bucket where finished pictures wait while R2 fails; empty: they wait at RunPod, half an hour at most",
+        _name_or_empty,
+        default="",
+    )
 
     @property
     def r2_endpoint(self) -> str:

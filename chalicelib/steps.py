@@ -1,24 +1,36 @@
 """One job's next step: ask a cloud, return the change to save, or None where there is nothing new. Steps never save."""
 
+import contextlib
+import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
-from chalicelib import jobs, outputs, results
+from chalicelib import deadlines, jobs, outputs, results
+from chalicelib.deadlines import Deadlines
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.jobs import Change, Job
 from chalicelib.results import Results
+from chalicelib.retry import Attempts
 from chalicelib.runpod import Answer, Runpod, Verdict
 from chalicelib.runtime import Clock, Deadline
+from chalicelib.webhooks import Webhooks
 
 RUN_TIMEOUT = 10.0  # seconds for /run
 STATUS_TIMEOUT = 8.0  # seconds for /status, whose answer may carry 20 MB
+CANCEL_TIMEOUT = 4.0  # seconds for /cancel
 SAVE_RESERVE = 2.0  # seconds of every deadline kept for the save
-STORE_RESERVE = SAVE_RESERVE + results.PUT_RESERVE  # what must be left when a put begins
+
+MAX_HOLDS = 5  # claims of a result without a save, after which it is not tried any more
 
 NOT_INDEXED_YET = timedelta(seconds=150)  # RunPod may not find a run that is younger than this
-LAST_TRY = timedelta(minutes=27, seconds=30)  # RunPod forgets after 30 minutes; one more wait may take two of them
+LAST_WAIT = timedelta(
+    seconds=150
+)  # before a result is forgotten the last try is over; one more wait may take two minutes
+
+# How RunPod ends a run that is over `policy.executionTimeout`: as a FAILED one, not as TIMED_OUT.
+EXECUTION_TIMEOUT = re.compile(r"execution ?timeout exceeded", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +42,28 @@ class Steps:
     clock: Clock
     rng: Random
     default_endpoint_id: str
-    max_attempts: int
+    attempts: Attempts
+    deadlines: Deadlines
+    webhooks: Webhooks
+
+    @property
+    def store_reserve(self) -> float:
+        """Seconds that must be left when a result is begun to be stored."""
+        return SAVE_RESERVE + self.results.put_reserve
 
     def submit(self, job: Job, deadline: Deadline) -> Change:
         """Begin the paid run whose intent is on disk; called at most once for each claim."""
+        if deadlines.overdue(job, self.clock.now()):
+            return jobs.fail(job, deadlines.too_late(), now=self.clock.now())
         timeout = deadline.cap(RUN_TIMEOUT, reserve=SAVE_RESERVE)
         try:
-            run_id, status = self.runpod.run(self._endpoint(job), job.payload, timeout=timeout)
+            run_id, status = self.runpod.run(
+                self._endpoint(job),
+                job.payload,
+                webhook=self.webhooks.url(job.id, job.attempt),
+                policy=self.deadlines.policy(),
+                timeout=timeout,
+            )
         except TransientError as error:
             return jobs.give_back(job, error, now=self.clock.now(), rng=self.rng)
         except IndeterminateError as error:
@@ -45,43 +72,108 @@ class Steps:
             return jobs.fail(job, error, now=self.clock.now())
         return jobs.accept(job, runpod_job_id=run_id, runpod_status=status, now=self.clock.now())
 
-    def poll(self, job: Job, deadline: Deadline, *, lease: float) -> tuple[Change | None, Answer]:
+    def poll(self, job: Job, deadline: Deadline, *, lease: float) -> tuple[Change | None, Answer | None]:
         """
         Ask RunPod for the run; what it answered comes too, so that the picture in it need not be asked for again.
 
         Raises TransientError where there was no answer: a paid run is not given up for that.
         """
-        answer = self._ask(job, deadline, reserve=SAVE_RESERVE)
-        return self._judge(job, answer, lease), answer
+        try:
+            answer = self._ask(job, deadline, reserve=SAVE_RESERVE)
+        except TransientError:
+            if self.deadlines.is_past_hope(job, self.clock.now()):
+                return self._stopped(job, deadlines.too_late(), {}), None
+            raise
+        why = self._why_to_stop(job, answer)
+        if why is not None:
+            answer = self._stop(job, answer, deadline)
+        return self._judge(job, answer, lease, why), answer
+
+    def adopt(self, job: Job, run_id: str, deadline: Deadline) -> Change | None:
+        """
+        The change for a run whose own callback names it, and whose answer to /run was lost; None where it is no run of
+        ours that could still come to something. Raises TransientError where RunPod does not answer.
+        """
+        timeout = deadline.cap(STATUS_TIMEOUT, reserve=SAVE_RESERVE)
+        answer = self.runpod.status(self._endpoint(job), run_id, timeout=timeout)
+        if answer.verdict in (Verdict.NOT_FOUND, Verdict.CANCELLED):
+            return None
+        return jobs.accept(job, runpod_job_id=run_id, runpod_status=answer.status, adopted=True, now=self.clock.now())
 
     def store(self, job: Job, answer: Answer | None, deadline: Deadline) -> Change:
         """Put the finished result into R2; without the answer of the poll RunPod is asked again."""
+        if job.holds >= MAX_HOLDS:
+            return jobs.bury(job, _poison(), now=self.clock.now())
+        if job.warnings is None:
+            try:
+                answer = answer or self._ask_for_result(job, deadline)
+            except ServiceError as error:
+                if error.code != "result_lost" or job.left != "links":
+                    return self.not_stored(job, error)
         try:
-            answer = answer or self._ask_for_result(job, deadline)
-        except ServiceError as error:
-            return self.not_stored(job, error)
-        try:
-            found = outputs.read(answer.output)
+            found = outputs.read(answer.output) if answer else results.from_row(job)
             kept = self.results.keep(job, found, deadline.less(SAVE_RESERVE), age=self._age_of_result(job))
         except PermanentError as error:
-            if job.files:  # of an earlier try, when RunPod's answer was still another
-                return jobs.finish(job, problems=[error], now=self.clock.now())
-            return jobs.fail(job, error, output=outputs.excerpt(answer.output), now=self.clock.now())
-        job = jobs.keep(job, kept.files)
+            return self._never_stored(job, error, answer)
+        job = jobs.keep(
+            job,
+            kept.files,
+            links=kept.links,
+            problems=kept.problems if kept.complete else None,
+        )
         if kept.error:
+            # What does not need RunPod any more outlives its half hour, but no link's host is waited for so long.
+            if job.left == "spool" or (job.left == "links" and kept.error.service != "result"):
+                job = jobs.keep_for_a_day(job, now=self.clock.now())
             return self.not_stored(job, kept.error)
         return jobs.finish(job, problems=kept.problems, now=self.clock.now())
 
     def not_stored(self, job: Job, error: ServiceError) -> Change:
         """The change for a result that could not be stored now: later again, or given up."""
         now = self.clock.now()
-        if self._age_of_result(job) > LAST_TRY:
+        if now > self._end_of_result(job) - LAST_WAIT:
             # Files that the worker's host or RunPod never gave take nothing from those that are there; what failed here
             # or in R2 can be mended.
-            if job.files and error.service in ("result", "runpod"):
+            if job.files and not job.spooled and error.service in ("result", "runpod"):
                 return jobs.finish(job, problems=[error], now=now)
             return jobs.bury(job, error, now=now)
         return jobs.hold(job, error, now=now, rng=self.rng)
+
+    def _never_stored(self, job: Job, error: PermanentError, answer: Answer | None) -> Change:
+        now = self.clock.now()
+        if job.files:  # of an earlier try, when RunPod's answer was still another
+            return jobs.finish(job, problems=[error], now=now)
+        if answer is None:
+            return jobs.bury(job, error, now=now)
+        return jobs.fail(job, error, output=outputs.excerpt(answer.output), now=now)
+
+    def has_result(self, job: Job, *, timeout: float) -> bool:
+        """Whether something of a dead letter's result is left to be had. Raises TransientError if RunPod is silent."""
+        if job.left != "runpod":
+            return True
+        answer = self.runpod.status(self._endpoint(job), job.runpod_job_id or "", timeout=timeout)
+        return answer.verdict is Verdict.COMPLETED
+
+    def _why_to_stop(self, job: Job, answer: Answer) -> PermanentError | None:
+        """Why an unfinished run must not go on: its user has cancelled it, or a deadline is over."""
+        if answer.verdict is not Verdict.UNFINISHED:
+            return None
+        if job.cancel_at:
+            return _cancelled()
+        return self.deadlines.overrun(job, answer.status, self.clock.now())
+
+    def _stop(self, job: Job, answer: Answer, deadline: Deadline) -> Answer:
+        """Stop the run at RunPod; what it is then, for it may have been finished just before."""
+        with contextlib.suppress(ServiceError):  # the next round tries again
+            timeout = deadline.cap(CANCEL_TIMEOUT, reserve=SAVE_RESERVE)
+            self.runpod.cancel(self._endpoint(job), job.runpod_job_id or "", timeout=timeout)
+            return self._ask(job, deadline, reserve=SAVE_RESERVE)
+        return answer
+
+    def _stopped(self, job: Job, why: PermanentError, seen: dict[str, Any]) -> Change:
+        if job.cancel_at:
+            return jobs.confirm_cancel(job, runpod=seen, now=self.clock.now())
+        return jobs.fail(job, why, runpod=seen, now=self.clock.now())
 
     def _endpoint(self, job: Job) -> str:
         return job.endpoint_id or self.default_endpoint_id
@@ -90,21 +182,28 @@ class Steps:
         timeout = deadline.cap(STATUS_TIMEOUT, reserve=reserve)
         return self.runpod.status(self._endpoint(job), job.runpod_job_id or "", timeout=timeout)
 
-    def _judge(self, job: Job, answer: Answer, lease: float) -> Change | None:
+    def _judge(self, job: Job, answer: Answer, lease: float, why: PermanentError | None) -> Change | None:
+        """The change for what RunPod says; `why` it was told to stop the run, if it was."""
         now = self.clock.now()
         seen = {"runpod_status": answer.status, "queue_ms": answer.queue_ms, "execution_ms": answer.execution_ms}
         match answer.verdict:
+            case Verdict.UNFINISHED if why and self.deadlines.is_out_of_patience(job, now):
+                return self._stopped(job, why, seen)
             case Verdict.UNFINISHED:
                 return jobs.observe(job, runpod=seen, now=now) if answer.status != job.runpod_status else None
             case Verdict.COMPLETED:
                 return jobs.complete(
                     job, lease_until=jobs.to_text(now + timedelta(seconds=lease)), runpod=seen, now=now
                 )
+            case Verdict.FAILED if EXECUTION_TIMEOUT.search(answer.error):
+                return jobs.fail(job, deadlines.took_too_long(self.deadlines.run), runpod=seen, now=now)
             case Verdict.FAILED:
                 error = _said("worker_failed", "RunPod's worker failed", answer.error)
+                if self.attempts.allow(error.code, made=job.attempt - job.attempt_base) and not job.cancel_at:
+                    return jobs.rerun(job, error, runpod=seen, now=now)
                 return jobs.fail(job, error, runpod=seen, output=outputs.excerpt(answer.output), now=now)
-            case Verdict.CANCELLED if job.cancel_at:
-                return jobs.confirm_cancel(job, runpod=seen, now=now)
+            case Verdict.CANCELLED | Verdict.TIMED_OUT if job.cancel_at or why:
+                return self._stopped(job, why or _cancelled(), seen)
             case Verdict.CANCELLED:
                 return jobs.fail(
                     job,
@@ -115,24 +214,35 @@ class Steps:
             case Verdict.TIMED_OUT:
                 return self._lost(job, _said("runpod_timed_out", "RunPod gave the run up", answer.error), seen)
             case Verdict.NOT_FOUND:
-                return self._missing(job)
+                return self._missing(job, why)
 
-    def _missing(self, job: Job) -> Change | None:
+    def _missing(self, job: Job, why: PermanentError | None) -> Change | None:
         if _age(job.submitted_at or job.updated_at, self.clock.now()) < NOT_INDEXED_YET:
             return None
+        if job.cancel_at or why:
+            return self._stopped(job, why or _cancelled(), {})
         return self._lost(job, _said("runpod_lost", "RunPod no longer knows the run, and its result is lost", ""), {})
 
     def _lost(self, job: Job, error: ServiceError, seen: dict[str, Any]) -> Change:
         now = self.clock.now()
-        if max(job.attempt, 1) < self.max_attempts:
+        if self.attempts.allow(error.code, made=max(job.attempt, 1) - job.attempt_base):
             return jobs.rerun(job, error, runpod=seen, now=now)
         return jobs.fail(job, error, runpod=seen, now=now)
 
     def _age_of_result(self, job: Job) -> timedelta:
         return _age(job.completed_at or job.updated_at, self.clock.now())
 
+    def _end_of_result(self, job: Job) -> datetime:
+        """When the result is forgotten where it lies; of rows that do not say, half an hour after their last change."""
+        try:
+            if job.result_until:
+                return jobs.from_text(job.result_until)
+            return jobs.from_text(job.completed_at or job.updated_at) + jobs.RUNPOD_KEEPS
+        except ValueError:
+            return self.clock.now()
+
     def _ask_for_result(self, job: Job, deadline: Deadline) -> Answer:
-        answer = self._ask(job, deadline, reserve=STORE_RESERVE)
+        answer = self._ask(job, deadline, reserve=self.store_reserve)
         if answer.verdict is Verdict.NOT_FOUND:
             # It was there; a single 404 is no proof that it is gone, and trying again costs nothing.
             raise TransientError(
@@ -151,6 +261,18 @@ def _age(text: str, now: datetime) -> timedelta:
         return now - jobs.from_text(text)
     except ValueError:
         return timedelta.max
+
+
+def _cancelled() -> PermanentError:
+    return PermanentError("cancelled", "The job was cancelled.")
+
+
+def _poison() -> PermanentError:
+    return PermanentError(
+        "poison_result",
+        "Whoever began to store this result ended before it was done, each time. Look at it before it is redriven.",
+        service="result",
+    )
 
 
 def _said(code: str, sentence: str, reason: str) -> PermanentError:

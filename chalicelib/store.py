@@ -52,13 +52,19 @@ class Limits:
     stores: int = 200
 
 
+SUSPECT = 3  # claims of a result without a save, from which on it is claimed by itself
+
+
 class Store:
     """The table; every method is one D1 call of at most `timeout` seconds and raises what D1.query raises."""
 
-    def __init__(self, *, d1: D1, default_endpoint_id: str, submit_unknown_wait: float) -> None:
+    def __init__(
+        self, *, d1: D1, default_endpoint_id: str, submit_unknown_wait: float, total_deadline: float = 86_400
+    ) -> None:
         self._d1 = d1
         self._endpoint_id = default_endpoint_id
         self._unknown_wait = timedelta(seconds=submit_unknown_wait)
+        self._total_deadline = timedelta(seconds=total_deadline)
 
     def _run(self, names: list[str], values: dict[str, Any], *, timeout: float) -> list[list[Row]]:
         return self._d1.query([bind(name, values) for name in names], timeout=timeout)
@@ -90,8 +96,8 @@ class Store:
         """
         Take what is due and return it, oldest first; a result is leased for `lease` seconds.
 
-        With `ignore_due` polls that are not due are taken too. Rows of the earlier version are adopted, and submits
-        whose answer never came go back to be sent again.
+        With `ignore_due` polls that are not due are taken too. Rows of the earlier version are adopted, submits whose
+        answer never came go back to be sent again, and those of them that a user has cancelled end.
         """
         values = {
             "nonce": nonce,
@@ -101,14 +107,22 @@ class Store:
             "lease_until": to_text(now + timedelta(seconds=lease)),
             **self._intent(now),
         }
-        names = ["adopt_old_rows_event", "adopt_old_rows", "expire_submits_event", "expire_submits"]
+        names = [
+            "adopt_old_rows_event",
+            "adopt_old_rows",
+            "expire_submits_event",
+            "expire_submits",
+            "cancel_waiting_event",
+            "cancel_waiting",
+        ]
         statements = [bind(name, values) for name in names]
         for name, limit in (
             ("claim_stores", limits.stores),
+            ("claim_suspect", 1),
             ("claim_polls", limits.polls),
             ("claim_submits", limits.submits),
         ):
-            statements.append(bind(name, {**values, "limit": limit, "bytes": limits.submit_bytes}))
+            statements.append(bind(name, {**values, "limit": limit, "bytes": limits.submit_bytes, "suspect": SUSPECT}))
         statements += [bind("log_claimed_submits", values), bind("select_claimed", values)]
         return [Job.from_row(row) for row in self._d1.query(statements, timeout=timeout)[-1]]
 
@@ -133,7 +147,32 @@ class Store:
         return (Job.from_row(claimed[0]) if claimed else None), (Job.from_row(named[0]) if named else None)
 
     def _intent(self, now: datetime) -> dict[str, Any]:
-        return {"endpoint_id": self._endpoint_id, "unknown_at": to_text(now + self._unknown_wait)}
+        return {
+            "endpoint_id": self._endpoint_id,
+            "unknown_at": to_text(now + self._unknown_wait),
+            "deadline_at": self.deadline_at(now),
+        }
+
+    def deadline_at(self, now: datetime) -> str:
+        """By when a job must have been drawn that begins now."""
+        return to_text(now + self._total_deadline)
+
+    def cancel(self, job_id: str, *, nonce: str, now: datetime, timeout: float) -> Job | None:
+        """
+        Cancel the job if it waits, ask for it if RunPod has it or may have it; the row as it is then, if there is one.
+        """
+        values = {"id": job_id, "nonce": nonce, "now": to_text(now), **self._intent(now)}
+        names = [
+            "adopt_old_rows_event",
+            "adopt_old_rows",
+            "cancel_job",
+            "log_cancelled",
+            "ask_to_cancel",
+            "log_asked_to_cancel",
+            "select_job",
+        ]
+        rows = self._run(names, values, timeout=timeout)[-1]
+        return Job.from_row(rows[0]) if rows else None
 
     def save(self, changes: list[Change], *, nonce: str, now: datetime, timeout: float) -> dict[str, int]:
         """
@@ -155,11 +194,12 @@ class Store:
             "nonce": nonce,
             "now": to_text(now),
             "accepted": _rows([change.job for change in changes if change.accepted]),
-            "guarded": _rows([change.job for change in changes if not change.accepted]),
+            "guarded": _rows([change.job for change in changes if not change.accepted and not change.by_user]),
+            "reopened": _rows([change.job for change in changes if change.by_user]),
             "lines": json.dumps(lines, ensure_ascii=False),
         }
         winners = self._run(
-            ["record_accepted", "save_changes", "log_saved", "select_winners"], values, timeout=timeout
+            ["record_accepted", "save_changes", "reopen", "log_saved", "select_winners"], values, timeout=timeout
         )[-1]
         return {row["id"]: row["version"] for row in winners}
 
@@ -183,6 +223,14 @@ class Store:
         query = "list_jobs" if status is None else "list_jobs_by_status"
         values = {"limit": limit, "created_at": after[0], "id": after[1], "status": status}
         (rows,) = self._run([query], values, timeout=timeout)
+        return [Job.from_row(row) for row in rows]
+
+    def dead_letters(
+        self, *, limit: int, after: tuple[str, str] = NEWEST, error_code: str | None = None, timeout: float
+    ) -> list[Job]:
+        """Results that could not be stored, newest first, those after the given (dead_at, id)."""
+        values = {"limit": limit, "dead_at": after[0], "id": after[1], "error_code": error_code}
+        (rows,) = self._run(["list_dead_letters"], values, timeout=timeout)
         return [Job.from_row(row) for row in rows]
 
 

@@ -476,14 +476,16 @@ def test_a_wrong_content_type_has_our_shape(client):
 GUARDED = [
     ("POST", "/api/queue/create"), ("GET", "/api/queue/status?id=x"), ("GET", "/api/queue/status/x"),
     ("GET", "/api/jobs"), ("GET", "/api/jobs/x"), ("POST", "/dev/runpod"), ("POST", "/dev/runpod-poll"),
+    ("POST", "/api/jobs/x/cancel"), ("POST", "/api/jobs/x/retry"), ("POST", "/api/jobs/x/redrive"),
+    ("GET", "/api/dead-letters"), ("POST", "/api/dead-letters/redrive"),
 ]  # fmt: skip
 
 
-def test_the_guarded_routes_are_all_but_health():
+def test_the_guarded_routes_are_all_but_health_and_the_webhook():
     routes = {(method, path) for path, methods in app.app.routes.items() for method in methods}
     guarded = {(method, path.replace("?id=x", "").replace("/x", "/{job_id}")) for method, path in GUARDED}
 
-    assert routes - guarded == {("GET", "/health")}
+    assert routes - guarded == {("GET", "/health"), ("POST", "/webhooks/runpod/{job_id}/{attempt}/{token}")}
 
 
 @pytest.mark.parametrize(("method", "path"), GUARDED)

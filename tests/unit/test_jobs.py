@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from random import Random
 
@@ -24,8 +25,11 @@ VERBS = {
     "fail": lambda job: jobs.fail(job, WHY, now=NOW),
     "bury": lambda job: jobs.bury(job, WHY, now=NOW),
     "confirm_cancel": lambda job: jobs.confirm_cancel(job, runpod=RUNPOD, now=NOW),
+    "put_back": lambda job: jobs.put_back(job, now=NOW),
+    "retry": lambda job: jobs.retry_job(job, deadline_at="2026-03-02T12:00:00.000Z", now=NOW),
+    "redrive": lambda job: jobs.redrive(job, now=NOW),
 }
-MADE_IN_SQL = {"claim", "expire"}
+MADE_IN_SQL = {"claim", "expire", "cancel"}
 
 
 def test_every_move_has_a_verb_or_is_made_in_sql():
@@ -140,11 +144,13 @@ def test_the_key_is_a_function_of_the_row_and_the_place_in_the_answer(attempt, n
 def test_a_store_that_comes_further_forgets_its_failures(job_factory):
     job = job_factory(State.STORE, failures=3)
 
-    further = jobs.keep(job, [{"key": "k"}])
+    spooled = jobs.keep(job, [{"key": "k.png", "spooled": True}], links=[None], problems=None)
+    further = jobs.keep(replace(spooled, failures=2), [{"key": "k.png"}], links=[None], problems=None)
 
-    assert (further.failures, further.files) == (0, [{"key": "k"}])
-    assert jobs.keep(further, [{"key": "k"}]) is further
-    assert jobs.keep(job, []) is job
+    assert (spooled.failures, spooled.files) == (0, [])
+    assert (further.failures, further.files) == (0, [{"key": "k.png"}])
+    assert jobs.keep(replace(further, failures=2), [{"key": "k.png"}], links=[None], problems=None).failures == 2
+    assert jobs.keep(job, [], links=[None], problems=None).failures == 3
 
 
 def test_the_default_payload_is_prompt_model_and_job_id():

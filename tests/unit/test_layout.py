@@ -11,12 +11,13 @@ SERVICE = ROOT / "chalicelib"
 # From the ground up; a module may import only from those in lines above its own.
 LAYERS = [
     {"errors"},
-    {"retry", "runtime", "settings", "connection", "boxes", "inline"},
+    {"retry", "runtime", "settings", "connection", "boxes", "inline", "webhooks"},
     {"wire", "auth", "jobs", "content"},
-    {"media"},
+    {"media", "deadlines"},
     {"names"},
     {"d1", "runpod", "fetch", "r2", "outputs", "log"},
-    {"store", "results"},
+    {"store", "spool"},
+    {"results"},
     {"steps"},
     {"saver"},
     {"rounds"},
@@ -24,7 +25,7 @@ LAYERS = [
     {"bootstrap", "inputs"},
     {"api"},
 ]
-CLIENTS = {"wire", "d1", "runpod", "fetch", "r2"}
+CLIENTS = {"wire", "d1", "runpod", "fetch", "r2", "spool"}
 
 
 def imports(path):

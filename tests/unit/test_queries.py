@@ -56,7 +56,7 @@ def test_the_arrows_in_the_comments_are_those_of_the_table_of_moves(request):
     text = (request.config.rootpath / "chalicelib" / "queries.sql").read_text()
     arrows = re.findall(r"^-- (\w+): ([\w, ]+) -> (\w+)\.", text, flags=re.MULTILINE)
 
-    assert {verb for verb, _, _ in arrows} == {"claim", "expire", "accept"}
+    assert {verb for verb, _, _ in arrows} == {"claim", "expire", "accept", "cancel", "retry", "redrive"}
     for verb, sources, target in arrows:
         assert TRANSITIONS[verb] == (frozenset(sources.split(", ")), target)
 

@@ -187,13 +187,27 @@ def test_files_that_arrived_are_the_result_though_one_never_did(bench):
     assert (len(job.files), job.result_url) == (1, job.files[0]["url"])
 
 
-def test_files_that_arrived_are_the_result_though_runpod_forgot_the_others(bench):
+def test_files_that_arrived_are_the_result_though_runpod_forgot_the_others(bench, monkeypatch):
+    identify = media.identify
+
+    def crash(content):
+        return 1 / 0 if content.size == len(PNG_2) else identify(content)
+
+    monkeypatch.setattr(media, "identify", crash)
+    job = run(bench, [A_PNG, b64(PNG_2)])
+    bench.faults.add(r"GET .*/status/", (404, {"status": 404}), times=999)
+
+    job = later(bench, job)
+    assert (job.status, warnings(bench, job), len(job.files)) == ("done", ["result_lost"], 1)
+
+
+def test_files_behind_links_are_had_though_runpod_forgot_the_run(bench):
     bench.faults.add("results.example/b.png", (503, ""))
     job = run(bench, [A_PNG, B_PNG])
     bench.faults.add(r"GET .*/status/", (404, {"status": 404}), times=999)
 
     job = later(bench, job)
-    assert (job.status, warnings(bench, job), len(job.files)) == ("done", ["result_lost"], 1)
+    assert (job.status, warnings(bench, job), len(job.files), job.links) == ("done", [], 2, None)
 
 
 def test_files_that_arrived_are_the_result_though_runpod_says_something_else_later(bench):
