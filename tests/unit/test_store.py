@@ -351,7 +351,10 @@ def test_one_save_carries_moves_of_every_kind(insert, claim, store, clock, table
         clock,
         accepted(held["job-1"], clock),
         completed(held["job-2"], clock),
-        jobs.finish(jobs.keep(held["job-3"], [{"key": "k", "url": "u", "bytes": 1}], links=[None], problems=None), now=clock.now()),
+        jobs.finish(
+            jobs.keep(held["job-3"], [{"key": "k", "url": "u", "bytes": 1}], links=[None], problems=None),
+            now=clock.now(),
+        ),
     )
 
     assert set(winners) == {"job-1", "job-2", "job-3"}

@@ -4,6 +4,7 @@ import json
 import re
 import sqlite3
 import threading
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ class D1:
             names = [column[0] for column in cursor.description or ()]
             return [dict(zip(names, row, strict=True)) for row in cursor]
 
+    @property
+    def changes(self) -> int:
+        """How many rows were ever written."""
+        return self._connection.total_changes
+
     def _refusal(self, request: Request) -> Answer | None:
         if request.headers.get("authorization") != f"Bearer {self._account.api_token}":
             return _fail(401, 10000, "Authentication error")
@@ -108,19 +114,25 @@ def _read(body: Any) -> list[tuple[str, list[Any]]]:
     return statements
 
 
-def _split(sql: str) -> list[str]:
+@lru_cache(maxsize=512)
+def _split(sql: str) -> tuple[str, ...]:
     parts, current = [], ""
     for piece in re.split(r"(;)", sql):
         current += piece
         if piece == ";" and sqlite3.complete_statement(current):
             parts.append(current)
             current = ""
-    return [part for part in [*parts, current] if part.strip()]
+    return tuple(part for part in [*parts, current] if part.strip())
+
+
+@lru_cache(maxsize=512)
+def _numbers(sql: str) -> frozenset[int]:
+    return frozenset(int(number) for number in re.findall(r"\?(\d+)", sql))
 
 
 def _numbered(sql: str, values: list[Any]) -> list[Any] | dict[str, Any]:
     # Python's sqlite3 takes a list for ? and wants a dictionary for ?1.
-    numbers = {int(number) for number in re.findall(r"\?(\d+)", sql)}
+    numbers = _numbers(sql)
     if not numbers:
         return values
     if max(numbers) != len(values):

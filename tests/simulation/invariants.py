@@ -1,0 +1,252 @@
+"""What must hold after every step of a simulated world, and at its end; a Violation says which did not."""
+
+import json
+import logging
+from collections import Counter, defaultdict
+from typing import Any
+
+from chalicelib.jobs import BY_USER, FINAL, TRANSITIONS, Job, State
+from tests.simulation import s3
+
+LIVE_MOVES = {
+    (source, target) for verb, (sources, target) in TRANSITIONS.items() if verb not in BY_USER for source in sources
+}
+USER_MOVES = {
+    (source, target): verb for verb in BY_USER for source in TRANSITIONS[verb][0] for target in [TRANSITIONS[verb][1]]
+}
+# Moves that one claim makes together: expire and claim, expire and cancel.
+CLAIM_MOVES = {
+    (State.SUBMITTING, State.SUBMITTING),
+    (State.SUBMITTING, State.CANCELLED),
+    (State.SUBMIT, State.CANCELLED),
+}
+UNGUARDED = {"due_at", "claimer", "cancel_at", "deadline_at", "updated_at"}
+SECRETS = (
+    "local-cloudflare-token",
+    "local-secret-key",
+    "local-runpod-key",
+    "simulation-webhook-secret",
+    "role-secret-4711",
+)
+DEFINITE = {200, 400, 401, 403, 404, 413, 422, 429}
+
+
+class Violation(BaseException):
+    """Raised when something happened that must never happen; nothing that the service catches."""
+
+
+class Invariants:
+    """Watches one world."""
+
+    def __init__(self, world: Any) -> None:
+        self._world = world
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._locked: dict[Any, float] = {}
+        self._putting: dict[str, Any] = {}
+        self._not_before: dict[str, float] = {}
+        self.asked: dict[str, Counter[str]] = defaultdict(Counter)  # verbs that users have sent, by job
+        self.answers: dict[tuple[str, int], tuple[int, Any]] = {}  # what a process was told of /run
+        self.log_handler = _LogCheck(self)
+
+    def check(self, holds: object, what: str) -> None:
+        """Raise Violation unless it holds."""
+        if not holds:
+            raise Violation(f"seed {self._world.seed}, {self._world.now:.3f} s: {what}")
+
+    # Each call
+
+    def before_call(self, process: Any, service: str, method: str, url: str) -> None:
+        """What a process may not even ask."""
+        if service == "d1":
+            self.check(self._world.now >= self._locked.get(process, 0.0), "D1 was called during its lock-out")
+        if service == "r2" and method == "PUT":
+            other = self._putting.get(url)
+            skewed = self._world.faults.max_skew > 0  # a lease is as good as the clocks
+            self.check(other is None or not other.alive or skewed, f"two processes put {url} at once")
+            self._putting[url] = process
+
+    def after_call(
+        self, process: Any, service: str, method: str, url: str, body: bytes, answer: tuple[int, dict[str, str], bytes]
+    ) -> None:
+        """What a process was told."""
+        status, headers, _ = answer
+        if service == "d1" and status == 429 and "Retry-After" in headers:
+            self._locked[process] = self._world.now + float(headers["Retry-After"]) - 0.01
+        if service == "runpod" and url.endswith("/run"):
+            job_id, attempt = json.loads(body)["webhook"].split("/")[-3:-1]
+            self.answers[job_id, int(attempt)] = (status, process)
+            if status == 429 and "Retry-After" in headers:
+                self._not_before[job_id] = self._world.now + float(headers["Retry-After"]) - 0.01
+
+    def call_over(self, process: Any, url: str) -> None:
+        """A call has ended, with an answer or without."""
+        if self._putting.get(url) is process:
+            del self._putting[url]
+
+    def at_run(self, job_id: str, attempt: int) -> None:
+        """A paid run arrives at RunPod."""
+        row = self._read().get(job_id)
+        self.check(row and row["attempt"] >= attempt, f"/run of {job_id} without its intent on disk")
+        runs = [run for run in self._world.clouds.runs.values() if (run.job_id, run.attempt) == (job_id, attempt)]
+        self.check(not runs, f"/run of {job_id}, attempt {attempt}, was accepted twice")
+        if not self._world.faults.max_skew:
+            self.check(self._world.now >= self._not_before.get(job_id, 0.0), f"/run of {job_id} before its Retry-After")
+
+    # The table
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        return {row["id"]: row for row in self._world.clouds.execute("SELECT * FROM jobs")}
+
+    def after_write(self) -> None:
+        """Compare the table with what it was."""
+        rows = self._read()
+        for job_id in self._rows.keys() - rows.keys():
+            self.check(False, f"{job_id} is gone")
+        for job_id, row in rows.items():
+            old = self._rows.get(job_id)
+            if old != row and old is not None:
+                self._compare(job_id, old, row)
+            if old != row and row["status"] == "done":
+                self._check_done(row)
+        self._rows = rows
+
+    def _compare(self, job_id: str, old: dict[str, Any], row: dict[str, Any]) -> None:
+        before, after = Job.from_row(old).state, Job.from_row(row).state
+        changed = {name for name in row if row[name] != old[name]}
+        if before in FINAL:
+            self._check_reopened(job_id, before, after, changed)
+        elif old["step"] is not None:
+            legal = before is after or (before, after) in LIVE_MOVES | CLAIM_MOVES
+            self.check(legal, f"{job_id} went from {before} to {after}")
+        guarded = changed - UNGUARDED
+        self.check(not guarded or row["version"] > old["version"], f"{job_id}: {guarded} changed, the version did not")
+        self.check(row["version"] >= old["version"], f"{job_id}: its version went back")
+        if after is State.CANCELLED and before is not after:
+            self.check(self.asked[job_id]["cancel"], f"{job_id} was cancelled by nobody")
+        held = before is after is State.STORE and row["holds"] == old["holds"] + 1
+        if row["version"] > old["version"] and not held and old["step"] is not None:
+            self._check_event(job_id, row["version"])
+        if row["attempt"] > old["attempt"] and row["attempt"] > 1:
+            self._check_attempt(job_id, row["attempt"])
+
+    def _check_reopened(self, job_id: str, before: State, after: State, changed: set[str]) -> None:
+        verb = USER_MOVES.get((before, after))
+        asked = self.asked[job_id]
+        self.check(verb and asked[verb] > 0, f"{job_id} was {before}, and {sorted(changed)} changed without a user")
+        if verb:
+            asked[verb] -= 1
+
+    def _events(self, job_id: str) -> list[dict[str, Any]]:
+        lines = self._world.clouds.execute(
+            "SELECT version, n, at, event, detail FROM job_events WHERE job_id = ? ORDER BY version, n", job_id
+        )
+        return [{**line, **json.loads(line["detail"])} for line in lines]
+
+    def _check_event(self, job_id: str, version: int) -> None:
+        found = self._world.clouds.execute(
+            "SELECT 1 FROM job_events WHERE job_id = ? AND version = ? AND n = 0", job_id, version
+        )
+        self.check(found, f"{job_id}: nothing in its timeline says how it came to version {version}")
+
+    def _check_attempt(self, job_id: str, attempt: int) -> None:
+        """A second run is bought only after an unknown answer, a retryable failure, or by a user."""
+        why = ("possible_duplicate", "attempt_lost", "retried")
+        reasons = [e for e in self._events(job_id) if e["event"] in why and e["attempt"] == attempt - 1]
+        self.check(reasons, f"{job_id}: attempt {attempt} has no reason in its timeline")
+
+    def _check_done(self, row: dict[str, Any]) -> None:
+        files = json.loads(row["outputs"] or "[]")
+        self.check(files and row["result_r2_key"] == files[0]["key"], f"{row['id']} is done without a picture")
+        run = self._world.clouds.runs.get(row["runpod_job_id"])
+        for file in files:
+            content, _ = self._world.clouds.r2.objects.get(file["key"], (b"", ""))
+            self.check(
+                len(content) == file["bytes"] and s3.sha256_of(content) == file["sha256"],
+                f"{row['id']} is done, and {file['key']} is not in R2 as recorded",
+            )
+            self.check(run and content in run.files, f"{row['id']} has a picture of another run")
+
+    # The end
+
+    def at_end(self) -> None:
+        """What must hold when the faults are long over."""
+        rows = self._read()
+        for job_id, row in rows.items():
+            state = Job.from_row(row).state
+            self.check(
+                state in FINAL, f"{job_id} never ended: {state}, due {row['due_at']}, deadline {row['deadline_at']}"
+            )
+            self._check_timeline(job_id, row)
+        self._check_orphans(rows)
+        self._check_secrets()
+
+    def _check_timeline(self, job_id: str, row: dict[str, Any]) -> None:
+        events = self._events(job_id)
+        runs = self._world.clouds.runs
+        done = [event for event in events if event["event"] == "done"]
+        self.check(len(done) == (row["status"] == "done"), f"{job_id}: {len(done)} results are recorded")
+        last = {"done": ("done",), "error": ("failed", "dead_letter"), "cancelled": ("cancelled",)}[row["status"]]
+        own = [event for event in events if event["n"] == 0]
+        self.check(own[-1]["event"] in last, f"{job_id} is {row['status']}, and its last event is {own[-1]['event']}")
+        self.check((row["dead_at"] is not None) == (own[-1]["event"] == "dead_letter"), f"{job_id}: dead_at is wrong")
+        for event in events:
+            if event["event"] == "submitted":
+                run = runs.get(event["runpod_job_id"])
+                self.check(
+                    run and (run.job_id, run.attempt) == (job_id, event["attempt"]),
+                    f"{job_id}: a false submitted event",
+                )
+            if event["event"] == "possible_duplicate":
+                self._check_doubt(job_id, event, events)
+
+    def _check_doubt(self, job_id: str, event: dict[str, Any], events: list[dict[str, Any]]) -> None:
+        """Whoever was told for certain, lived and could write it down must not leave the job in doubt."""
+        known = [e for e in events if e["event"] == "submitted" and e["attempt"] == event["attempt"]]
+        self.check(
+            not [e for e in known if e["version"] < event["version"]], f"{job_id}: a false possible_duplicate event"
+        )
+        status, process = self.answers.get((job_id, event["attempt"]), (0, None))
+        calm = not any(
+            self._world.faults.counted[name] for name in ("d1_stall", "d1_lockout", "d1_answer_lost", "d1_5xx")
+        )
+        told = status in DEFINITE and process is not None and process.alive
+        self.check(not (told and calm), f"{job_id}: in doubt though a living process knew ({status})")
+
+    def _check_orphans(self, rows: dict[str, dict[str, Any]]) -> None:
+        """A run that a living process knows of, and no row names, is cancelled at RunPod or over."""
+        named = {
+            event["runpod_job_id"] for job_id in rows for event in self._events(job_id) if event["event"] == "submitted"
+        }
+        for run in self._world.clouds.runs.values():
+            status, process = self.answers.get((run.job_id, run.attempt), (0, None))
+            told = (
+                status == 200 and process is not None and process.alive and not process.service.pipeline.saver.backlog
+            )
+            over = run.cancelled is not None or run.finish() < self._world.now
+            self.check(run.id in named or not told or over, f"{run.id} of {run.job_id} goes on, and no row names it")
+
+    def _check_secrets(self) -> None:
+        for table in ("jobs", "job_events"):
+            text = json.dumps(self._world.clouds.execute(f"SELECT * FROM {table}"))
+            self.check(not any(secret in text for secret in SECRETS), f"a secret is in {table}")
+
+
+class _LogCheck(logging.Handler):
+    """Reads every line that is logged: no secret, and no crash of ours."""
+
+    def __init__(self, invariants: Invariants) -> None:
+        super().__init__()
+        self._invariants = invariants
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{record.getMessage()} {getattr(record, 'fields', {})}"
+        if any(secret in text for secret in SECRETS):
+            self.found.append(f"a secret is in the log: {record.getMessage()}")
+        if record.exc_info:
+            trace = logging.Formatter().formatException(record.exc_info)
+            self.found.append(f"the code crashed: {trace}")
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        self.emit(record)  # no lock: a greenlet that is left behind must not hold one
+        return True

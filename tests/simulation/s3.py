@@ -1,0 +1,107 @@
+"""
+S3 below boto3: the service's own clients, whose requests are answered by the simulated world instead of a socket.
+
+One client of each kind is made for all worlds, because making one takes longer than most runs.
+"""
+
+import base64
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+from unittest import mock
+from urllib.parse import unquote, urlsplit
+
+from botocore.awsrequest import AWSResponse
+from botocore.exceptions import EndpointConnectionError, ReadTimeoutError
+from requests.structures import CaseInsensitiveDict as Headers
+
+from chalicelib.errors import IndeterminateError, TransientError
+from chalicelib.r2 import R2
+from chalicelib.spool import Spool
+
+R2_HOST = "r2.sim.test"
+READ_TIMEOUT = 5.0  # seconds, as the clients have it
+AWS = {"AWS_ACCESS_KEY_ID": "role", "AWS_SECRET_ACCESS_KEY": "role-secret-4711", "AWS_DEFAULT_REGION": "eu-central-1"}
+
+_worlds: list[Any] = []
+
+
+@contextmanager
+def wired(world: Any) -> Iterator[None]:
+    """While this lasts, the clients speak to that world."""
+    _worlds.append(world)
+    try:
+        yield
+    finally:
+        _worlds.pop()
+
+
+@lru_cache(maxsize=1)
+def r2_client() -> Any:
+    """R2's client, as the service makes it."""
+    r2 = R2(
+        endpoint_url=f"https://{R2_HOST}",
+        bucket="",
+        access_key_id="local-access-key",
+        secret_access_key="local-secret-key",
+        public_base_url="",
+    )
+    return _wire(r2._connect(), "r2")
+
+
+@lru_cache(maxsize=1)
+def spool_client() -> Any:
+    """The spool's client, as the service makes it with the function's own role."""
+    with mock.patch.dict(os.environ, AWS):
+        return _wire(Spool("")._connect(), "spool")
+
+
+def _wire(client: Any, service: str) -> Any:
+    def send(request: Any, **_: Any) -> AWSResponse:
+        body = request.body or b""
+        content = body if isinstance(body, bytes) else body.read()
+        try:
+            status, headers, answer = _worlds[-1].call(service, request.method, request.url, content, READ_TIMEOUT)
+        except TransientError as error:
+            raise EndpointConnectionError(endpoint_url=request.url) from error
+        except IndeterminateError as error:
+            raise ReadTimeoutError(endpoint_url=request.url) from error
+        return AWSResponse(request.url, status, Headers(headers), _Raw(answer))
+
+    client.meta.events.register_last("before-send.s3", send)
+    return client
+
+
+class _Raw(io.BytesIO):
+    def stream(self, amt: int = 65_536, **_: Any) -> Iterator[bytes]:
+        while piece := self.read(amt):
+            yield piece
+
+
+class Bucket:
+    """Objects by key."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, tuple[bytes, str]] = {}
+
+    def handle(self, method: str, url: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Answer one call."""
+        key = unquote(urlsplit(url).path).lstrip("/").partition("/")[2]
+        if method == "PUT":
+            etag = f'"{hashlib.md5(body).hexdigest()}"'
+            self.objects[key] = (body, etag)
+            return 200, {"ETag": etag}, b""
+        if key not in self.objects:
+            return 404, {}, b"" if method == "HEAD" else b"<Error><Code>NoSuchKey</Code></Error>"
+        content, etag = self.objects[key]
+        head = {"ETag": etag, "Content-Length": str(len(content))}
+        return 200, head, b"" if method == "HEAD" else content
+
+
+def sha256_of(content: bytes) -> str:
+    """As `outputs` has it."""
+    return base64.b16encode(hashlib.sha256(content).digest()).decode().lower()
