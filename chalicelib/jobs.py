@@ -486,7 +486,8 @@ def hold(job: Job, error: ServiceError, *, now: datetime, rng: Random) -> Change
     failures = job.failures + 1
     # RunPod forgets the result in half an hour, whatever the host of a link asks for.
     asked = None if error.retry_after is None else min(error.retry_after, retry.STORE.maximum)
-    due_at = to_text(now + timedelta(seconds=retry.seconds_to_wait(retry.STORE, failures, rng=rng, retry_after=asked)))
+    policy = retry.SPOOLED if job.left == "spool" else retry.STORE
+    due_at = to_text(now + timedelta(seconds=retry.seconds_to_wait(policy, failures, rng=rng, retry_after=asked)))
     return _move(
         job,
         "hold",

@@ -28,8 +28,11 @@ CALL_ATTEMPTS = 3
 SUBMIT = Backoff(initial=15, factor=2, maximum=300, jitter=0.2)
 
 # A finished picture could not be fetched or put: 10 s, 20 s, 40 s, 80 s, then every 2 min. RunPod forgets after 30 min,
-# so there are about fifteen tries before that; in the spool it is tried for a day, some 700 times.
+# so there are about fifteen tries before that.
 STORE = Backoff(initial=10, factor=2, maximum=120, jitter=0.2)
+
+# A picture that is safe in the spool: 10 s, 20 s … 5 min, then every 10 min; about 160 tries in the day that it has.
+SPOOLED = Backoff(initial=10, factor=2, maximum=600, jitter=0.2)
 
 
 def seconds_to_wait(policy: Backoff, failures: int, *, rng: Random, retry_after: float | None = None) -> float:

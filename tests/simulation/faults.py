@@ -97,7 +97,8 @@ class Faults:
     plans: dict[tuple[str, int], Plan] = field(default_factory=dict)
     counted: Counter[str] = field(default_factory=Counter)
     scripted: list[tuple[str, Any]] = field(default_factory=list)  # (part of "service METHOD path", Fate), once each
-    in_progress_for_ever: set[str] = field(default_factory=set)
+    always: list[tuple[str, Fate]] = field(default_factory=list)  # the same, for as long as they stand here
+    in_progress_for_ever: set[Any] = field(default_factory=set)
 
     def count(self, name: str) -> None:
         """One more of that class."""
@@ -131,7 +132,10 @@ class Faults:
         for n, (part, fate) in enumerate(self.scripted):
             if part in line:
                 del self.scripted[n]
-                return fate() if callable(fate) else fate
+                return fate
+        for part, fate in self.always:
+            if part in line:
+                return fate
         base = Fate(out=rng.uniform(0.005, 0.1), back=rng.uniform(0.005, 0.1))
         if service in ("r2", "spool") and method == "PUT" and any(job in url for job in world.clouds.poison):
             self.count("poison_job")

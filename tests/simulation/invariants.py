@@ -126,6 +126,8 @@ class Invariants:
         held = before is after is State.STORE and row["holds"] == old["holds"] + 1
         if row["version"] > old["version"] and not held and old["step"] is not None:
             self._check_event(job_id, row["version"])
+        if after is State.SUBMITTING and row["intent_version"] != old["intent_version"]:
+            self.answers.pop((job_id, row["attempt"]), None)
         if row["attempt"] > old["attempt"] and row["attempt"] > 1:
             self._check_attempt(job_id, row["attempt"])
 
@@ -136,7 +138,7 @@ class Invariants:
         if verb:
             asked[verb] -= 1
 
-    def _events(self, job_id: str) -> list[dict[str, Any]]:
+    def events(self, job_id: str) -> list[dict[str, Any]]:
         lines = self._world.clouds.execute(
             "SELECT version, n, at, event, detail FROM job_events WHERE job_id = ? ORDER BY version, n", job_id
         )
@@ -151,7 +153,7 @@ class Invariants:
     def _check_attempt(self, job_id: str, attempt: int) -> None:
         """A second run is bought only after an unknown answer, a retryable failure, or by a user."""
         why = ("possible_duplicate", "attempt_lost", "retried")
-        reasons = [e for e in self._events(job_id) if e["event"] in why and e["attempt"] == attempt - 1]
+        reasons = [e for e in self.events(job_id) if e["event"] in why and e["attempt"] == attempt - 1]
         self.check(reasons, f"{job_id}: attempt {attempt} has no reason in its timeline")
 
     def _check_done(self, row: dict[str, Any]) -> None:
@@ -181,7 +183,7 @@ class Invariants:
         self._check_secrets()
 
     def _check_timeline(self, job_id: str, row: dict[str, Any]) -> None:
-        events = self._events(job_id)
+        events = self.events(job_id)
         runs = self._world.clouds.runs
         done = [event for event in events if event["event"] == "done"]
         self.check(len(done) == (row["status"] == "done"), f"{job_id}: {len(done)} results are recorded")
@@ -215,7 +217,7 @@ class Invariants:
     def _check_orphans(self, rows: dict[str, dict[str, Any]]) -> None:
         """A run that a living process knows of, and no row names, is cancelled at RunPod or over."""
         named = {
-            event["runpod_job_id"] for job_id in rows for event in self._events(job_id) if event["event"] == "submitted"
+            event["runpod_job_id"] for job_id in rows for event in self.events(job_id) if event["event"] == "submitted"
         }
         for run in self._world.clouds.runs.values():
             status, process = self.answers.get((run.job_id, run.attempt), (0, None))

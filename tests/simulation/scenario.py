@@ -193,10 +193,11 @@ class Scenario:
         """Let everything come to its end, a little longer, and look at it. Raises Violation."""
         world = self.world
         world.run(world.faults.until - world.now)
-        while not self.all_final() and world.now < LONGEST:
+        end = world.now + LONGEST
+        while not self.all_final() and world.now < end:
             world.run(TICK)
         world.run(SETTLE)
-        while not self.all_final() and world.now < LONGEST:  # a callback or a late save may have moved something
+        while not self.all_final() and world.now < end:  # a callback or a late save may have moved something
             world.run(TICK)
         found = world.invariants.log_handler.found
         world.invariants.check(not found, found[0] if found else "")
