@@ -243,7 +243,7 @@ def _insert_running(bench, count):
     for n in range(count):
         run_id = f"run-{n}"
         bench.cloud.runpod._execute(
-            "INSERT INTO runs VALUES (?, 'local-endpoint', ?, ?, NULL)",
+            "INSERT INTO runs (id, endpoint_id, input, created_at) VALUES (?, 'local-endpoint', ?, ?)",
             run_id, json.dumps({"prompt": f"cat {n}", "simulate": {"run_seconds": 3600}}), bench.clock.at.timestamp(),
         )  # fmt: skip
         bench.cloud.d1.execute(
