@@ -1,9 +1,12 @@
 """The local RunPod's webhooks, policy and counters: what the service cannot ask for is what the facts say."""
 
+import http.server
 import json
 import sqlite3
+import threading
 
 import pytest
+import requests
 
 from tools.cloud import LocalCloud, Request
 
@@ -122,6 +125,23 @@ def test_a_webhook_that_is_taken_at_the_second_try_is_not_sent_again(cloud, cloc
         clock.advance(1)
 
     assert len(receiver.sent) == 2
+
+
+def test_an_address_that_is_none_does_not_keep_others_from_being_told(cloud):
+    from tools.cloud.server import send
+
+    run(cloud, AT_ONCE, webhook="nowhere")
+    run(cloud, AT_ONCE, webhook="http://[")
+    run(cloud, AT_ONCE, webhook=HOOK)
+    sent = []
+
+    def send_or_note(url, headers, body):
+        sent.append(url)
+        return 200 if url == HOOK else send(url, headers, body)
+
+    cloud.runpod.deliver_due(send_or_note)
+
+    assert sent == ["nowhere", "http://[", HOOK]
 
 
 def test_webhooks_survive_a_restart_with_the_tries_they_had(cloud, clock, tmp_path):
@@ -304,3 +324,56 @@ def test_a_cancel_changes_nothing_of_a_run_that_is_over(cloud, clock, wish):
     assert status(cloud, run_id) == wish
     cloud.runpod.deliver_due(receiver)
     assert len(receiver.sent) == 1
+
+
+@pytest.fixture
+def listener():
+    """A receiver on a real port: what came, with an event; requests to /slow wait until they are let go."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path == "/slow":
+                self.server.let_go.wait(20)
+            self.send_response(204)
+            self.end_headers()
+            self.server.came.append((self.path, dict(self.headers), json.loads(body)))
+            self.server.something_came.set()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.came, server.something_came, server.let_go = [], threading.Event(), threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.let_go.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def post(cloud_server, **body):
+    url = f"{cloud_server.base_url}/v2/local-endpoint/run"
+    return requests.post(url, json={"input": AT_ONCE, **body}, headers={"Authorization": AUTH["authorization"]})
+
+
+def test_the_served_cloud_sends_a_webhook_by_itself(cloud_server, listener):
+    run_id = post(cloud_server, webhook=f"{listener.url}/hook?job=1").json()["id"]
+
+    assert listener.something_came.wait(10)
+    ((path, headers, body),) = listener.came
+    assert (path, body["id"], body["status"], body["input"]) == ("/hook?job=1", run_id, "COMPLETED", AT_ONCE)
+    assert (headers["Content-Type"], headers["User-Agent"]) == ("application/json", "Go-http-client/2.0")
+    assert "Authorization" not in headers
+
+
+def test_a_slow_receiver_does_not_hold_up_the_others(cloud_server, listener):
+    for path in ("slow", "slow", "quick"):
+        post(cloud_server, webhook=f"{listener.url}/{path}")
+
+    assert listener.something_came.wait(8)
+    assert [path for path, _, _ in listener.came] == ["/quick"]
+    listener.let_go.set()

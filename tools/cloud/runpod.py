@@ -87,17 +87,25 @@ class Runpod:
         return _error(404, "Not Found", "no such operation")
 
     def deliver_due(self, send: Send) -> None:
+        """Send every webhook that is due."""
+        while self.deliver_next(send):
+            pass
+
+    def deliver_next(self, send: Send) -> bool:
         """
-        Send every webhook that is due, one after the other; several threads may do so side by side.
+        Send one webhook that is due, False if there is none; several threads may do so side by side.
 
         One that fails is due again 5 s later, and once more 15 s after that. It stays due until its outcome is written,
         so a restart in the middle sends it twice rather than never.
         """
-        while (run := self._next_due()) is not None:
-            try:
-                self._deliver(run, send)
-            finally:
-                self._under_way.discard(run.id)
+        run = self._next_due()
+        if run is None:
+            return False
+        try:
+            self._deliver(run, send)
+        finally:
+            self._under_way.discard(run.id)
+        return True
 
     def close(self) -> None:
         """Let go of the file."""
