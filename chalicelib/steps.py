@@ -102,7 +102,7 @@ class Steps:
 
     def store(self, job: Job, answer: Answer | None, deadline: Deadline) -> Change:
         """Put the finished result into R2; without the answer of the poll RunPod is asked again."""
-        if job.holds >= MAX_HOLDS:
+        if job.holds > MAX_HOLDS:
             return jobs.bury(job, _poison(), now=self.clock.now())
         if job.warnings is None:
             try:

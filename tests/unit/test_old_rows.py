@@ -117,7 +117,8 @@ def test_a_queued_row_is_submitted(old, old_bench, cloud):
 
 def test_a_running_row_is_polled_and_its_picture_lies_where_it_always_did(old, old_bench, cloud, clock):
     cloud.runpod._execute(
-        "INSERT INTO runs VALUES ('run-a', 'local-endpoint', '{\"prompt\": \"an old cat\"}', ?, NULL)",
+        "INSERT INTO runs (id, endpoint_id, input, created_at) "
+        "VALUES ('run-a', 'local-endpoint', '{\"prompt\": \"an old cat\"}', ?)",
         clock.at.timestamp() - 30,
     )
     old("a", status="running", runpod_job_id="run-a")

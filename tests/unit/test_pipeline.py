@@ -243,7 +243,7 @@ def _insert_running(bench, count):
     for n in range(count):
         run_id = f"run-{n}"
         bench.cloud.runpod._execute(
-            "INSERT INTO runs VALUES (?, 'local-endpoint', ?, ?, NULL)",
+            "INSERT INTO runs (id, endpoint_id, input, created_at) VALUES (?, 'local-endpoint', ?, ?)",
             run_id, json.dumps({"prompt": f"cat {n}", "simulate": {"run_seconds": 3600}}), bench.clock.at.timestamp(),
         )  # fmt: skip
         bench.cloud.d1.execute(
@@ -263,6 +263,23 @@ def test_a_hundred_finished_jobs_are_stored_in_a_handful_of_d1_calls(bench):
     assert {job.id for job in reports[0].updated} == set(ids)
     assert calls <= 5
     assert len(bench.objects()) == 100
+
+
+@pytest.mark.parametrize(("ended", "code"), [(4, None), (5, "poison_result")])
+def test_a_result_is_given_up_after_five_holders_that_ended_without_a_word(bench, ended, code):
+    job_id = bench.create("a cat")
+    bench.clock.advance(15)
+    (job,) = bench.claim("holder 1")
+    change, _ = bench.service.pipeline.steps.poll(job, bench.deadline(), lease=60.0)
+    bench.service.pipeline.saver.save([change], bench.deadline())
+    for number in range(2, ended + 1):
+        bench.clock.advance(120)
+        assert [job.id for job in bench.claim(f"holder {number}")] == [job_id]
+
+    bench.round(after=120)
+
+    assert bench.job(job_id).error_code == code
+    assert bench.job(job_id).status == ("error" if code else "done")
 
 
 def test_an_unchanged_poll_is_not_saved(bench):

@@ -3,6 +3,7 @@ RunPod's queue API: runs wait, work and end by the clock, and are forgotten half
 
 An input may carry `simulate` to have another run than the usual one: {"queue_seconds", "run_seconds", "status",
 "error", "shape": "base64" | "data_url" | "link" | "none", "output": what the worker returns, instead of a picture}.
+Beside it `webhook` and `policy` (`executionTimeout`, `ttl`) are RunPod's own.
 """
 
 import base64
@@ -11,44 +12,35 @@ import sqlite3
 import threading
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tools.cloud import Account, Answer, Request, json_answer
 from tools.cloud.render import draw
+from tools.cloud.runs import Run, fault, health
 
-QUEUE_SECONDS = 1.0
-RUN_SECONDS = 3.0
-KEPT_SECONDS = 1800.0
 MAX_BODY_BYTES = 10 * 1024 * 1024
+RETRY_AFTER = (5.0, 15.0)  # seconds from a failed try of a webhook to the next
+WEBHOOK_HEADERS = {"Content-Type": "application/json", "User-Agent": "Go-http-client/2.0"}
 
+# Sends a webhook: URL, headers, body; the status of the answer. Raises OSError where there is none.
+Send = Callable[[str, dict[str, str], bytes], int]
 
-@dataclass(frozen=True)
-class Run:
-    """One run as it was sent."""
-
-    id: str
-    endpoint_id: str
-    input: dict[str, Any]
-    created_at: float
-    cancelled_at: float | None
-
-    @property
-    def wish(self) -> dict[str, Any]:
-        """What the input asks to be simulated."""
-        wish = self.input.get("simulate")
-        return wish if isinstance(wish, dict) else {}
-
-    @property
-    def starts_at(self) -> float:
-        """When a worker takes it."""
-        return self.created_at + float(self.wish.get("queue_seconds", QUEUE_SECONDS))
-
-    @property
-    def ends_at(self) -> float:
-        """When it is finished."""
-        return self.starts_at + float(self.wish.get("run_seconds", RUN_SECONDS))
+COLUMNS = {
+    "id": "TEXT PRIMARY KEY",
+    "endpoint_id": "TEXT",
+    "input": "TEXT",
+    "created_at": "REAL",
+    "cancelled_at": "REAL",
+    "webhook": "TEXT",
+    "execution_timeout_ms": "REAL",
+    "ttl_ms": "REAL",
+    "tries": "INTEGER NOT NULL DEFAULT 0",
+    "deliver_at": "REAL",  # when the webhook is to be sent; NULL: not at all, or no more
+}
+SELECT = (
+    "SELECT id, endpoint_id, input, created_at, cancelled_at, webhook, execution_timeout_ms, ttl_ms, tries FROM runs"
+)
 
 
 class Runpod:
@@ -59,12 +51,19 @@ class Runpod:
         self._results_url = results_url
         self._clock = clock
         self._lock = threading.Lock()
+        self._under_way: set[str] = set()  # runs whose webhook is being sent
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute(
-            "CREATE TABLE IF NOT EXISTS runs "
-            "(id TEXT PRIMARY KEY, endpoint_id TEXT, input TEXT, created_at REAL, cancelled_at REAL)"
-        )
+        self._make_table()
+
+    def _make_table(self) -> None:
+        """The table, also where the file is of a version that had fewer columns."""
+        columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+        self._execute(f"CREATE TABLE IF NOT EXISTS runs ({columns})")
+        there = {row[1] for row in self._execute("PRAGMA table_info(runs)")}
+        for name in COLUMNS.keys() - there:
+            self._execute(f"ALTER TABLE runs ADD COLUMN {name} {COLUMNS[name]}")
+        self._execute("CREATE INDEX IF NOT EXISTS runs_deliver ON runs (deliver_at) WHERE deliver_at IS NOT NULL")
 
     def handle(self, request: Request) -> Answer:
         """Answer one API call."""
@@ -74,10 +73,12 @@ class Runpod:
         verb, _, run_id = operation.partition("/")
         if endpoint_id != self._account.endpoint_id:
             return _error(404, "Not Found", "endpoint not found")
-        if (request.method, verb) == ("POST", "run"):
+        if (request.method, operation) == ("POST", "run"):
             return self._accept(endpoint_id, request.body)
+        if (request.method, operation) == ("GET", "health"):
+            return json_answer(200, health(self._known(endpoint_id), self._clock()))
         run = self.find(run_id)
-        if run is None or run.endpoint_id != endpoint_id or self._clock() > run.ends_at + KEPT_SECONDS:
+        if run is None or run.endpoint_id != endpoint_id or self._clock() >= run.gone_at:
             return _error(404, "Not Found", "job not found")
         if (request.method, verb) == ("GET", "status"):
             return json_answer(200, self._status(run))
@@ -85,14 +86,35 @@ class Runpod:
             return self._cancel(run)
         return _error(404, "Not Found", "no such operation")
 
+    def deliver_due(self, send: Send) -> None:
+        """Send every webhook that is due."""
+        while self.deliver_next(send):
+            pass
+
+    def deliver_next(self, send: Send) -> bool:
+        """
+        Send one webhook that is due, False if there is none; several threads may do so side by side.
+
+        One that fails is due again 5 s later, and once more 15 s after that. It stays due until its outcome is written,
+        so a restart in the middle sends it twice rather than never.
+        """
+        run = self._next_due()
+        if run is None:
+            return False
+        try:
+            self._deliver(run, send)
+        finally:
+            self._under_way.discard(run.id)
+        return True
+
     def close(self) -> None:
         """Let go of the file."""
         self._connection.close()
 
     def find(self, run_id: str) -> Run | None:
         """A run by its id."""
-        rows = self._execute("SELECT id, endpoint_id, input, created_at, cancelled_at FROM runs WHERE id = ?", run_id)
-        return Run(rows[0][0], rows[0][1], json.loads(rows[0][2]), rows[0][3], rows[0][4]) if rows else None
+        rows = self._execute(f"{SELECT} WHERE id = ?", run_id)
+        return _run(rows[0]) if rows else None
 
     def inputs(self) -> list[dict[str, Any]]:
         """Every input that was ever accepted, oldest first; for tests."""
@@ -102,55 +124,100 @@ class Runpod:
         with self._lock:
             return self._connection.execute(sql, params).fetchall()
 
+    def _known(self, endpoint_id: str) -> list[Run]:
+        """The runs that are not forgotten."""
+        runs = map(_run, self._execute(f"{SELECT} WHERE endpoint_id = ?", endpoint_id))
+        return [run for run in runs if self._clock() < run.gone_at]
+
     def _accept(self, endpoint_id: str, body: bytes) -> Answer:
         if len(body) > MAX_BODY_BYTES:
             return _error(400, "Bad Request", "bad request: body: exceeded max body size of 10MiB")
         try:
-            given = json.loads(body)["input"]
-        except (ValueError, TypeError, KeyError):
-            given = None
-        if not isinstance(given, dict):
-            return _error(400, "Bad Request", "bad request: input is required and must be an object")
-        run_id = f"{uuid.uuid4()}-u1"
-        self._execute(
-            "INSERT INTO runs VALUES (?, ?, ?, ?, NULL)", run_id, endpoint_id, json.dumps(given), self._clock()
+            order = json.loads(body)
+        except ValueError:
+            order = None
+        # The real words for a policy out of bounds are not documented, nor is that it is 400.
+        if wrong := fault(order if isinstance(order, dict) else {}):
+            return _error(400, "Bad Request", f"bad request: {wrong}")
+        policy = order.get("policy") or {}
+        run = Run(
+            id=f"{uuid.uuid4()}-u1",
+            endpoint_id=endpoint_id,
+            input=order["input"],
+            created_at=self._clock(),
+            webhook=order.get("webhook"),
+            execution_timeout_ms=policy.get("executionTimeout"),
+            ttl_ms=policy.get("ttl"),
         )
-        return json_answer(200, {"id": run_id, "status": "IN_QUEUE"})
+        self._insert(run)
+        return json_answer(200, {"id": run.id, "status": "IN_QUEUE"})
+
+    def _insert(self, run: Run) -> None:
+        self._execute(
+            "INSERT INTO runs (id, endpoint_id, input, created_at, webhook, execution_timeout_ms, ttl_ms, deliver_at) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            run.id,
+            run.endpoint_id,
+            json.dumps(run.input),
+            run.created_at,
+            run.webhook,
+            run.execution_timeout_ms,
+            run.ttl_ms,
+            run.ends_at if run.reports else None,
+        )
 
     def _cancel(self, run: Run) -> Answer:
+        # What the real one answers for a run that is over is not documented; here it is the run's status, unchanged.
         if self._clock() < run.ends_at:
             self._execute(
-                "UPDATE runs SET cancelled_at = coalesce(cancelled_at, ?) WHERE id = ?", self._clock(), run.id
+                "UPDATE runs SET cancelled_at = coalesce(cancelled_at, ?), deliver_at = NULL WHERE id = ?",
+                self._clock(),
+                run.id,
             )
         found = self.find(run.id)
         assert found is not None
-        return json_answer(200, {"id": run.id, "status": self._status(found)["status"]})
+        return json_answer(200, {"id": run.id, "status": found.status(self._clock())})
+
+    def _next_due(self) -> Run | None:
+        """A run whose webhook is due and that no other thread has; it is this thread's until it is discarded."""
+        with self._lock:
+            found = self._connection.execute(
+                f"{SELECT} WHERE deliver_at <= ? ORDER BY deliver_at LIMIT ?",
+                (self._clock(), len(self._under_way) + 1),
+            ).fetchall()
+            free = next((row for row in found if row[0] not in self._under_way), None)
+            if free is not None:
+                self._under_way.add(free[0])
+        return None if free is None else _run(free)
+
+    def _deliver(self, run: Run, send: Send) -> None:
+        body = {**self._status(run), "input": run.input, "webhook": run.webhook}
+        try:
+            delivered = (
+                200 <= send(run.webhook or "", WEBHOOK_HEADERS, json.dumps(body, ensure_ascii=False).encode()) < 300
+            )
+        except (OSError, ValueError):  # no answer, or no URL
+            delivered = False
+        again = None if delivered or run.tries >= len(RETRY_AFTER) else self._clock() + RETRY_AFTER[run.tries]
+        self._execute("UPDATE runs SET tries = ?, deliver_at = ? WHERE id = ?", run.tries + 1, again, run.id)
 
     def _status(self, run: Run) -> dict[str, Any]:
         now = self._clock()
-        if run.cancelled_at is not None:
-            return {"id": run.id, "status": "CANCELLED"}
-        if now < run.starts_at:
-            return {"id": run.id, "status": "IN_QUEUE"}
-        queue_ms = int((run.starts_at - run.created_at) * 1000)
-        if now < run.ends_at:
-            return {
-                "id": run.id,
-                "status": "IN_PROGRESS",
-                "delayTime": queue_ms,
-                "executionTime": int((now - run.starts_at) * 1000),
-            }
-        end = {
-            "id": run.id,
-            "delayTime": queue_ms,
-            "executionTime": int((run.ends_at - run.starts_at) * 1000),
-            "workerId": "local-worker",
-        }
-        status = run.wish.get("status", "COMPLETED")
+        status = run.status(now)
+        answer: dict[str, Any] = {"id": run.id, "status": status}
+        if status in ("CANCELLED", "IN_QUEUE"):
+            return answer
+        answer["delayTime"] = int((run.starts_at - run.created_at) * 1000)
+        answer["executionTime"] = int((min(now, run.ends_at) - run.starts_at) * 1000)
+        return answer if now < run.ends_at else {**answer, "workerId": "local-worker", **self._end(run)}
+
+    def _end(self, run: Run) -> dict[str, Any]:
+        """What a worker leaves: an error, or an output, or neither."""
+        status, error = run.outcome
         if status != "COMPLETED":
-            return {**end, "status": status, "error": run.wish.get("error", "simulated")}
+            return {"error": error}
         output = self._output(run)
-        return {**end, "status": "COMPLETED", **({} if output is None else {"output": output})}
+        return {} if output is None else {"output": output}
 
     def _output(self, run: Run) -> Any:
         if "output" in run.wish:
@@ -184,3 +251,18 @@ class Results:
 
 def _error(status: int, title: str, detail: str) -> Answer:
     return json_answer(status, {"status": status, "title": title, "detail": detail})
+
+
+def _run(row: tuple[Any, ...]) -> Run:
+    run_id, endpoint_id, given, created_at, cancelled_at, webhook, execution_timeout_ms, ttl_ms, tries = row
+    return Run(
+        id=run_id,
+        endpoint_id=endpoint_id,
+        input=json.loads(given),
+        created_at=created_at,
+        cancelled_at=cancelled_at,
+        webhook=webhook,
+        execution_timeout_ms=execution_timeout_ms,
+        ttl_ms=ttl_ms,
+        tries=tries,
+    )

@@ -1,0 +1,379 @@
+"""The local RunPod's webhooks, policy and counters: what the service cannot ask for is what the facts say."""
+
+import http.server
+import json
+import sqlite3
+import threading
+
+import pytest
+import requests
+
+from tools.cloud import LocalCloud, Request
+
+AUTH = {"authorization": "Bearer local-runpod-key"}
+HOOK = "https://hooks.test/runpod?job=1"
+AT_ONCE = {"simulate": {"queue_seconds": 0, "run_seconds": 0}}
+
+
+def call(cloud, method, operation, body=None):
+    answer = cloud.handle(Request(method, f"/v2/local-endpoint/{operation}", "", AUTH, json.dumps(body).encode()))
+    return answer.status, json.loads(answer.body)
+
+
+def run(cloud, given=None, **siblings):
+    status, answer = call(cloud, "POST", "run", {"input": {"prompt": "a cat", **(given or {})}, **siblings})
+    assert (status, answer["status"]) == (200, "IN_QUEUE")
+    return answer["id"]
+
+
+def status(cloud, run_id):
+    code, answer = call(cloud, "GET", f"status/{run_id}")
+    return code if code != 200 else answer["status"]
+
+
+class Receiver:
+    """What was sent, and what it answers."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.sent = []
+
+    def __call__(self, url, headers, body):
+        self.sent.append((url, headers, json.loads(body)))
+        answer = self.answers.pop(0) if self.answers else 200
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class Crash(Exception):
+    """Ends a delivery in the middle."""
+
+
+def test_a_webhook_tells_the_status_the_input_and_itself(cloud, clock):
+    run_id, receiver = run(cloud, webhook=HOOK), Receiver()
+    clock.advance(3.9)
+    cloud.runpod.deliver_due(receiver)
+    assert receiver.sent == []
+
+    clock.advance(0.2)
+    cloud.runpod.deliver_due(receiver)
+    cloud.runpod.deliver_due(receiver)
+
+    _, shown = call(cloud, "GET", f"status/{run_id}")
+    headers = {"Content-Type": "application/json", "User-Agent": "Go-http-client/2.0"}
+    assert receiver.sent == [(HOOK, headers, {**shown, "input": {"prompt": "a cat"}, "webhook": HOOK})]
+    assert (shown["status"], shown["id"]) == ("COMPLETED", run_id)
+    assert "webhook" not in shown
+
+
+def test_a_failed_run_is_told_too(cloud, clock):
+    run(cloud, {"simulate": {"status": "FAILED", "error": "CUDA out of memory"}}, webhook=HOOK)
+    receiver = Receiver()
+    clock.advance(5)
+
+    cloud.runpod.deliver_due(receiver)
+
+    ((_, _, body),) = receiver.sent
+    assert (body["status"], body["error"]) == ("FAILED", "CUDA out of memory")
+
+
+@pytest.mark.parametrize("last", ["TIMED_OUT", "CANCELLED"])
+def test_what_ends_from_outside_is_not_told(cloud, clock, last):
+    run(cloud, {"simulate": {"status": last}}, webhook=HOOK)
+    cancelled, receiver = run(cloud, webhook=HOOK), Receiver()
+    call(cloud, "POST", f"cancel/{cancelled}")
+    run(cloud, {"simulate": {"run_seconds": 60}}, webhook=HOOK, policy={"ttl": 10_000})
+    run(cloud)
+    clock.advance(120)
+
+    cloud.runpod.deliver_due(receiver)
+
+    assert receiver.sent == []
+
+
+@pytest.mark.parametrize("webhook", [None, ""])
+def test_without_a_webhook_nobody_is_told(cloud, clock, webhook):
+    run(cloud, webhook=webhook)
+    receiver = Receiver()
+    clock.advance(120)
+
+    cloud.runpod.deliver_due(receiver)
+
+    assert receiver.sent == []
+
+
+@pytest.mark.parametrize("answer", [500, 302, 404, ConnectionRefusedError()])
+def test_a_webhook_is_tried_again_after_5_and_15_seconds_and_then_never(cloud, clock, answer):
+    run(cloud, AT_ONCE, webhook=HOOK)
+    receiver = Receiver(*[answer] * 9)
+    tried = []
+    for second in range(120):
+        before = len(receiver.sent)
+        cloud.runpod.deliver_due(receiver)
+        tried += [second] * (len(receiver.sent) - before)
+        clock.advance(1)
+
+    assert tried == [0, 5, 20]
+
+
+def test_a_webhook_that_is_taken_at_the_second_try_is_not_sent_again(cloud, clock):
+    run(cloud, AT_ONCE, webhook=HOOK)
+    receiver = Receiver(503, 204)
+    for _ in range(60):
+        cloud.runpod.deliver_due(receiver)
+        clock.advance(1)
+
+    assert len(receiver.sent) == 2
+
+
+def test_an_address_that_is_none_does_not_keep_others_from_being_told(cloud):
+    from tools.cloud.server import send
+
+    run(cloud, AT_ONCE, webhook="nowhere")
+    run(cloud, AT_ONCE, webhook="http://[")
+    run(cloud, AT_ONCE, webhook=HOOK)
+    sent = []
+
+    def send_or_note(url, headers, body):
+        sent.append(url)
+        return 200 if url == HOOK else send(url, headers, body)
+
+    cloud.runpod.deliver_due(send_or_note)
+
+    assert sent == ["nowhere", "http://[", HOOK]
+
+
+def test_webhooks_survive_a_restart_with_the_tries_they_had(cloud, clock, tmp_path):
+    run(cloud, AT_ONCE, webhook=HOOK)
+    run(cloud, webhook=HOOK)
+    before, after = Receiver(500), Receiver(*[500] * 9)
+    cloud.runpod.deliver_due(before)
+
+    again = LocalCloud(tmp_path / "cloud", base_url="http://cloud.test:8001", clock=lambda: clock.at.timestamp())
+    for _ in range(60):
+        again.runpod.deliver_due(after)
+        clock.advance(1)
+    again.close()
+
+    assert (len(before.sent), len(after.sent)) == (1, 2 + 3)
+
+
+def test_a_crash_in_the_middle_of_a_delivery_sends_it_again(cloud):
+    run(cloud, AT_ONCE, webhook=HOOK)
+    crashing, receiver = Receiver(Crash()), Receiver()
+    with pytest.raises(Crash):
+        cloud.runpod.deliver_due(crashing)
+
+    cloud.runpod.deliver_due(receiver)
+
+    assert len(receiver.sent) == 1
+
+
+def test_a_file_of_an_earlier_version_still_opens(tmp_path, clock):
+    (tmp_path / "cloud").mkdir()
+    old = sqlite3.connect(tmp_path / "cloud" / "runpod.sqlite")
+    old.execute(
+        "CREATE TABLE runs (id TEXT PRIMARY KEY, endpoint_id TEXT, input TEXT, created_at REAL, cancelled_at REAL)"
+    )
+    old.execute(
+        "INSERT INTO runs VALUES ('old-run', 'local-endpoint', '{\"prompt\": \"x\"}', ?, NULL)",
+        [clock.at.timestamp()],
+    )
+    old.commit()
+    old.close()
+
+    receiver = Receiver()
+    for _ in range(2):  # the second time there is nothing left to add
+        cloud = LocalCloud(tmp_path / "cloud", base_url="http://cloud.test:8001", clock=lambda: clock.at.timestamp())
+        run(cloud, webhook=HOOK)
+        clock.advance(10)
+        cloud.runpod.deliver_due(receiver)
+        assert status(cloud, "old-run") == "COMPLETED"
+        cloud.close()
+
+    assert len(receiver.sent) == 2
+
+
+def test_a_run_that_works_for_too_long_fails_then(cloud, clock):
+    slow = {"simulate": {"queue_seconds": 7, "run_seconds": 60}}
+    run_id, receiver = run(cloud, slow, policy={"executionTimeout": 5_000}, webhook=HOOK), Receiver()
+    clock.advance(11.9)
+    assert status(cloud, run_id) == "IN_PROGRESS"
+
+    clock.advance(0.2)
+
+    _, shown = call(cloud, "GET", f"status/{run_id}")
+    cloud.runpod.deliver_due(receiver)
+    assert (shown["status"], shown["error"]) == ("FAILED", "executionTimeout exceeded")
+    assert (shown["delayTime"], shown["executionTime"]) == (7_000, 5_000)
+    assert [body["status"] for _, _, body in receiver.sent] == ["FAILED"]
+
+
+def test_a_run_may_work_for_ten_minutes_where_nothing_else_is_said(cloud, clock):
+    fits = run(cloud, {"simulate": {"queue_seconds": 0, "run_seconds": 600}})
+    too_long = run(cloud, {"simulate": {"queue_seconds": 0, "run_seconds": 601}})
+
+    clock.advance(602)
+
+    assert [status(cloud, fits), status(cloud, too_long)] == ["COMPLETED", "FAILED"]
+
+
+@pytest.mark.parametrize("simulate", [{"queue_seconds": 60}, {"queue_seconds": 0, "run_seconds": 60}])
+def test_a_run_is_gone_at_the_end_of_its_ttl_even_if_it_works(cloud, clock, simulate):
+    run_id = run(cloud, {"simulate": simulate}, policy={"ttl": 10_000})
+    clock.advance(9.9)
+    assert status(cloud, run_id) in ("IN_QUEUE", "IN_PROGRESS")
+
+    clock.advance(0.2)
+
+    assert call(cloud, "GET", f"status/{run_id}") == (
+        404,
+        {"status": 404, "title": "Not Found", "detail": "job not found"},
+    )
+    assert call(cloud, "POST", f"cancel/{run_id}")[0] == 404
+
+
+def test_a_run_that_is_over_is_kept_for_half_an_hour_whatever_its_ttl(cloud, clock):
+    run_id = run(cloud, policy={"ttl": 10_000})
+
+    clock.advance(4 + 1799)
+    assert status(cloud, run_id) == "COMPLETED"
+
+    clock.advance(2)
+    assert status(cloud, run_id) == 404
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"executionTimeout": 5_000, "ttl": 10_000},
+        {"executionTimeout": 604_800_000, "ttl": 604_800_000},
+        {"executionTimeout": None, "ttl": None},
+        {"lowPriority": True},
+        {},
+        None,
+    ],
+)
+def test_a_policy_within_its_bounds_is_taken(cloud, policy):
+    assert status(cloud, run(cloud, policy=policy)) == "IN_QUEUE"
+
+
+@pytest.mark.parametrize(
+    "siblings",
+    [
+        {"policy": {"executionTimeout": 4_999}},
+        {"policy": {"executionTimeout": 604_800_001}},
+        {"policy": {"ttl": 9_999}},
+        {"policy": {"ttl": 604_800_001}},
+        {"policy": {"ttl": "60000"}},
+        {"policy": {"ttl": True}},
+        {"policy": []},
+        {"webhook": 5},
+    ],
+)
+def test_what_is_beside_the_input_is_refused_where_it_is_wrong(cloud, siblings):
+    code, answer = call(cloud, "POST", "run", {"input": {"prompt": "a cat"}, **siblings})
+
+    assert (code, answer["status"], answer["title"]) == (400, 400, "Bad Request")
+    assert cloud.runpod.inputs() == []
+
+
+def test_health_counts_the_runs_that_are_known(cloud, clock):
+    forgotten = run(cloud)
+    clock.advance(3600)
+    for simulate in (
+        {"queue_seconds": 60},
+        {"queue_seconds": 0, "run_seconds": 60},
+        {"queue_seconds": 0, "run_seconds": 60},
+        {"queue_seconds": 0, "run_seconds": 0},
+        {"queue_seconds": 0, "run_seconds": 0, "status": "FAILED"},
+        {"queue_seconds": 0, "run_seconds": 0, "status": "TIMED_OUT"},
+    ):
+        run(cloud, {"simulate": simulate})
+    call(cloud, "POST", f"cancel/{run(cloud)}")
+
+    assert status(cloud, forgotten) == 404
+    assert call(cloud, "GET", "health") == (
+        200,
+        {
+            "jobs": {"completed": 1, "failed": 2, "inProgress": 2, "inQueue": 1, "retried": 0},
+            "workers": {"idle": 0, "initializing": 0, "ready": 0, "running": 2, "throttled": 0, "unhealthy": 0},
+        },
+    )
+
+
+def test_health_of_an_endpoint_with_nothing_to_do_has_a_worker_that_waits(cloud):
+    code, answer = call(cloud, "GET", "health")
+
+    assert (code, set(answer["jobs"].values())) == (200, {0})
+    assert (answer["workers"]["idle"], answer["workers"]["running"]) == (1, 0)
+
+
+def test_health_wants_the_key(cloud):
+    assert cloud.handle(Request("GET", "/v2/local-endpoint/health")).status == 401
+
+
+@pytest.mark.parametrize("wish", ["COMPLETED", "FAILED"])
+def test_a_cancel_changes_nothing_of_a_run_that_is_over(cloud, clock, wish):
+    run_id = run(cloud, {"simulate": {"status": wish}}, webhook=HOOK)
+    receiver = Receiver()
+    clock.advance(10)
+
+    assert call(cloud, "POST", f"cancel/{run_id}") == (200, {"id": run_id, "status": wish})
+    assert status(cloud, run_id) == wish
+    cloud.runpod.deliver_due(receiver)
+    assert len(receiver.sent) == 1
+
+
+@pytest.fixture
+def listener():
+    """A receiver on a real port: what came, with an event; requests to /slow wait until they are let go."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path == "/slow":
+                self.server.let_go.wait(20)
+            self.send_response(204)
+            self.end_headers()
+            self.server.came.append((self.path, dict(self.headers), json.loads(body)))
+            self.server.something_came.set()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.came, server.something_came, server.let_go = [], threading.Event(), threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.let_go.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def post(cloud_server, **body):
+    url = f"{cloud_server.base_url}/v2/local-endpoint/run"
+    return requests.post(url, json={"input": AT_ONCE, **body}, headers={"Authorization": AUTH["authorization"]})
+
+
+def test_the_served_cloud_sends_a_webhook_by_itself(cloud_server, listener):
+    run_id = post(cloud_server, webhook=f"{listener.url}/hook?job=1").json()["id"]
+
+    assert listener.something_came.wait(10)
+    ((path, headers, body),) = listener.came
+    assert (path, body["id"], body["status"], body["input"]) == ("/hook?job=1", run_id, "COMPLETED", AT_ONCE)
+    assert (headers["Content-Type"], headers["User-Agent"]) == ("application/json", "Go-http-client/2.0")
+    assert "Authorization" not in headers
+
+
+def test_a_slow_receiver_does_not_hold_up_the_others(cloud_server, listener):
+    for path in ("slow", "slow", "quick"):
+        post(cloud_server, webhook=f"{listener.url}/{path}")
+
+    assert listener.something_came.wait(8)
+    assert [path for path, _, _ in listener.came] == ["/quick"]
+    listener.let_go.set()
