@@ -380,7 +380,6 @@ def complete(job: Job, *, lease_until: str, runpod: Mapping[str, Any], now: date
         warnings=None,
         due_at=lease_until,
         failures=0,
-        holds=1,
         **runpod,
     )
 

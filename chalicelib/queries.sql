@@ -165,21 +165,19 @@ WHERE id IN (
 
 
 -- name: claim_suspect
--- The same for one result whose holders have ended without a word; at most one at a time.
+-- The same for one result whose holders have ended without a word, just before it is begun.
 UPDATE jobs
 SET claimer = :nonce, due_at = :lease_until, version = version + 1, holds = holds + 1, updated_at = :now
-WHERE id = (
-    SELECT id
-    FROM jobs
-    WHERE status IN ('queued', 'running') AND step = 'store' AND due_at <= :now AND holds + 1 >= CAST(:suspect AS INTEGER)
-    ORDER BY due_at
-    LIMIT 1
-  )
-  -- A repeat of this batch must not take a second one.
-  AND NOT EXISTS (
-    SELECT 1 FROM jobs
-    WHERE claimer = :nonce AND status IN ('queued', 'running') AND step = 'store' AND holds >= CAST(:suspect AS INTEGER)
-  )
+WHERE id = :id AND version = CAST(:version AS INTEGER) AND status IN ('queued', 'running') AND step = 'store' AND due_at <= :now
+
+
+-- name: select_suspect
+-- The one of those that has waited longest. It is claimed when all else is done, for whoever dies before has not died of it.
+SELECT id, version
+FROM jobs
+WHERE status IN ('queued', 'running') AND step = 'store' AND due_at <= :now AND holds + 1 >= CAST(:suspect AS INTEGER)
+ORDER BY due_at
+LIMIT 1
 
 
 -- name: select_claimed

@@ -17,7 +17,7 @@ from chalicelib.runpod import Answer
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saved, Saver
 from chalicelib.steps import Steps
-from chalicelib.store import SUSPECT, Limits, Store, new_nonce
+from chalicelib.store import Limits, Store, new_nonce
 
 SAVE_EVERY = 1.0  # seconds between saves while work goes on; Cloudflare allows four calls a second for everything
 CLAIM_TIMEOUT = 12.0  # seconds
@@ -93,19 +93,35 @@ class Round:
     def run(self, *, ignore_due: bool) -> Report:
         """Run to the end: no thread is left at work when this returns. Raises ServiceError where D1 fails it."""
         self._go_on(self.saver.flush(self.deadline))
-        suspects: list[Job] = []
+        suspect = None
         try:
-            claimed = self._claim(ignore_due)
-            suspects = [job for job in claimed if job.state is State.STORE and job.holds >= SUSPECT]
+            claimed, suspect = self._claim(ignore_due)
             for job in claimed:
-                if job not in suspects:
-                    self._start(job)
+                self._start(job)
         finally:
             self._collect()
-        for job in suspects:  # alone: it may be what has killed its holders, and those who worked beside them
+        if suspect is not None:
+            self._try_alone(suspect)
+        return self._report
+
+    def _try_alone(self, suspect: Job) -> None:
+        """Store what may have killed its holders, and those who worked beside them, when nobody is beside it."""
+        if self.deadline.left() < self._store_budget() + CLAIM_TIMEOUT:
+            return
+        try:
+            job = self.store.claim_suspect(
+                suspect,
+                nonce=new_nonce(self.rng),
+                now=self.clock.now(),
+                lease=self._lease(),
+                timeout=self.deadline.cap(CLAIM_TIMEOUT),
+            )
+        except ServiceError as error:
+            log.failed("suspect_not_claimed", error, job_id=suspect.id)
+            return
+        if job is not None:
             self._start(job)
             self._collect()
-        return self._report
 
     def run_for(self, jobs_at_hand: list[Job]) -> Report:
         """Take the next step of these jobs alone, which nobody has claimed: at `poll`, where a look does no harm."""
@@ -115,12 +131,16 @@ class Round:
         self._collect()
         return self._report
 
-    def _claim(self, ignore_due: bool) -> list[Job]:
-        """What is due: results first, which RunPod forgets, then runs to send, which need time, then polls."""
+    def _claim(self, ignore_due: bool) -> tuple[list[Job], Job | None]:
+        """
+        What is due: results first, which RunPod forgets, then runs to send, which need time, then polls.
+
+        Second comes a result that must be stored alone, which is not yet claimed.
+        """
         submits = SUBMITS_PER_ROUND if self.deadline.left() > SUBMIT_BUDGET and not self._saves_refused else 0
         nonce = self.doubtful.take() or new_nonce(self.rng)
         try:
-            claimed = self.store.claim(
+            claimed, suspect = self.store.claim(
                 nonce=nonce,
                 now=self.clock.now(),
                 limits=Limits(submits=submits),
@@ -134,7 +154,7 @@ class Round:
             self.doubtful.put(nonce)
             raise
         order = [State.STORE, State.SUBMITTING, State.POLL]
-        return sorted(claimed, key=lambda job: order.index(job.state))
+        return sorted(claimed, key=lambda job: order.index(job.state)), suspect
 
     def _lease(self) -> float:
         """Seconds for which a result is ours: until this invocation must be dead, and a little more."""
@@ -179,9 +199,12 @@ class Round:
         return Outcome(change=change, asked=True, answer=answer)
 
     def _store_result(self, job: Job, answer: Answer | None) -> Outcome:
-        if self.deadline.left() < self.steps.store_reserve + STORE_MARGIN:
+        if self.deadline.left() < self._store_budget():
             return Outcome(change=jobs.put_back(job, now=self.clock.now()))
         return Outcome(change=self.steps.store(job, answer, self.deadline))
+
+    def _store_budget(self) -> float:
+        return self.steps.store_reserve + STORE_MARGIN
 
     def _collect(self) -> None:
         """Gather outcomes until all work is done; save when the last is in, or a second after the last save."""

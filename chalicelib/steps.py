@@ -22,7 +22,7 @@ STATUS_TIMEOUT = 8.0  # seconds for /status, whose answer may carry 20 MB
 CANCEL_TIMEOUT = 4.0  # seconds for /cancel
 SAVE_RESERVE = 2.0  # seconds of every deadline kept for the save
 
-MAX_HOLDS = 5  # claims of a result without a save, after which it is not tried any more
+MAX_HOLDS = 5  # claims of a result without a save, at which it is not tried any more
 
 NOT_INDEXED_YET = timedelta(seconds=150)  # RunPod may not find a run that is younger than this
 LAST_WAIT = timedelta(
@@ -102,7 +102,7 @@ class Steps:
 
     def store(self, job: Job, answer: Answer | None, deadline: Deadline) -> Change:
         """Put the finished result into R2; without the answer of the poll RunPod is asked again."""
-        if job.holds > MAX_HOLDS:
+        if job.holds >= MAX_HOLDS:
             return jobs.bury(job, _poison(), now=self.clock.now())
         if job.warnings is None:
             try:

@@ -52,7 +52,7 @@ class Limits:
     stores: int = 200
 
 
-SUSPECT = 3  # claims of a result without a save, from which on it is claimed by itself
+SUSPECT = 3  # claims of a result without a save, from which on it is stored alone
 
 
 class Store:
@@ -92,9 +92,11 @@ class Store:
 
     def claim(
         self, *, nonce: str, now: datetime, limits: Limits, lease: float, ignore_due: bool, timeout: float
-    ) -> list[Job]:
+    ) -> tuple[list[Job], Job | None]:
         """
         Take what is due and return it, oldest first; a result is leased for `lease` seconds.
+
+        A result whose holders have ended without a word is left for claim_suspect(): one of them comes second.
 
         With `ignore_due` polls that are not due are taken too. Rows of the earlier version are adopted, submits whose
         answer never came go back to be sent again, and those of them that a user has cancelled end.
@@ -118,13 +120,26 @@ class Store:
         statements = [bind(name, values) for name in names]
         for name, limit in (
             ("claim_stores", limits.stores),
-            ("claim_suspect", 1),
             ("claim_polls", limits.polls),
             ("claim_submits", limits.submits),
         ):
             statements.append(bind(name, {**values, "limit": limit, "bytes": limits.submit_bytes, "suspect": SUSPECT}))
-        statements += [bind("log_claimed_submits", values), bind("select_claimed", values)]
-        return [Job.from_row(row) for row in self._d1.query(statements, timeout=timeout)[-1]]
+        for name in ("log_claimed_submits", "select_claimed", "select_suspect"):
+            statements.append(bind(name, {**values, "suspect": SUSPECT}))
+        *_, claimed, suspects = self._d1.query(statements, timeout=timeout)
+        return [Job.from_row(row) for row in claimed], Job.from_row(suspects[0]) if suspects else None
+
+    def claim_suspect(self, suspect: Job, *, nonce: str, now: datetime, lease: float, timeout: float) -> Job | None:
+        """Take the result that claim() has left; None where somebody else has it by now."""
+        values = {
+            "id": suspect.id,
+            "version": suspect.version,
+            "nonce": nonce,
+            "now": to_text(now),
+            "lease_until": to_text(now + timedelta(seconds=lease)),
+        }
+        claimed = self._run(["claim_suspect", "select_claimed"], values, timeout=timeout)[-1]
+        return Job.from_row(claimed[0]) if claimed else None
 
     def claim_one(
         self, job_id: str | None, *, nonce: str, now: datetime, timeout: float

@@ -111,7 +111,8 @@ class Clouds:
         now = self._world.now
         if run is None or run.endpoint != endpoint:
             return _json(404, {"status": 404, "title": "Not Found", "detail": "job not found"})
-        if now < run.visible or now > min(run.gone, run.created + run.ttl, run.finish() + KEPT_SECONDS):
+        ttl = run.created + run.ttl if run.created + run.ttl < run.finish() else float("inf")
+        if now < run.visible or now > min(run.gone, ttl, run.finish() + KEPT_SECONDS):
             return _json(404, {"status": 404, "title": "Not Found", "detail": "job not found"})
         if verb == "cancel":
             if now < run.finish() and run.cancelled is None:

@@ -132,10 +132,10 @@ class Faults:
         for n, (part, fate) in enumerate(self.scripted):
             if part in line:
                 del self.scripted[n]
-                return fate
+                return self._told(service, fate)
         for part, fate in self.always:
             if part in line:
-                return fate
+                return self._told(service, fate)
         base = Fate(out=rng.uniform(0.005, 0.1), back=rng.uniform(0.005, 0.1))
         if service in ("r2", "spool") and method == "PUT" and any(job in url for job in world.clouds.poison):
             self.count("poison_job")
@@ -145,6 +145,11 @@ class Faults:
             if self.hits(rng, name, now):
                 world.kill_at[world.calls] = rate
         return getattr(self, f"_{service}")(rng, now, method, url, base)
+
+    def _told(self, service: str, fate: Fate) -> Fate:
+        if service == "d1" and (fate.lost or not fate.effect):
+            self.count("d1_answer_lost" if fate.effect else "d1_5xx")
+        return fate
 
     def _d1(self, rng: Random, now: float, method: str, url: str, base: Fate) -> Fate:
         if left := self.within("d1_lockout", now):

@@ -70,7 +70,7 @@ class Scenario:
         self.world = world
         world.scenario = self
         self.jobs: list[str] = []
-        self.created: dict[str, str] = {}
+        self.settle = SETTLE
 
     # What happens from outside
 
@@ -196,7 +196,8 @@ class Scenario:
         end = world.now + LONGEST
         while not self.all_final() and world.now < end:
             world.run(TICK)
-        world.run(SETTLE)
+        self.calls_to_end = world.calls
+        world.run(self.settle)
         while not self.all_final() and world.now < end:  # a callback or a late save may have moved something
             world.run(TICK)
         found = world.invariants.log_handler.found
@@ -206,7 +207,7 @@ class Scenario:
 
 def random_faults(rng: Random) -> Faults:
     """What goes wrong in one seed: about a third of the classes, each with a rate of its own."""
-    faults = Faults(until=rng.uniform(200.0, 1200.0), recycled=rng.choice([0.0, 0.0, 0.3]))
+    faults = Faults(until=rng.uniform(120.0, 700.0), recycled=rng.choice([0.0, 0.0, 0.3]))
     share = rng.choice([0.1, 0.3, 0.5])
     for name, highest in RATES.items():
         if rng.random() < share:
@@ -301,7 +302,7 @@ class RandomScenario(Scenario):
         plan = random_plan(rng, self.world.faults)
         if START + timedelta(seconds=self.world.now) < datetime(2026, 2, 1, tzinfo=START.tzinfo):
             self.world.faults.counted["month_boundary"] += (
-                self.world.now + plan.queue_seconds + plan.run_seconds > 600.0
+                self.world.now + plan.queue_seconds + plan.run_seconds > 300.0
             )
         return plan
 

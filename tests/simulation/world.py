@@ -28,7 +28,7 @@ from tests.simulation.clouds import Clouds
 from tests.simulation.faults import Fate, Faults
 from tests.simulation.invariants import Invariants, Violation
 
-START = datetime(2026, 1, 31, 23, 50, tzinfo=UTC)  # so that the month ends soon
+START = datetime(2026, 1, 31, 23, 55, tzinfo=UTC)  # so that the month ends soon
 LAMBDA_SECONDS = {"schedule": 58.0, "api": 29.0}
 RESERVE = 0.5  # what api.run_minute keeps of the Lambda's time
 REQUEST_SECONDS = 24.0

@@ -24,7 +24,7 @@ def table(cloud, d1):
 @pytest.fixture
 def claim(store, clock):
     def run(nonce="n1", *, limits=None, lease=60.0, ignore_due=False):
-        return store.claim(
+        claimed, _ = store.claim(
             nonce=nonce,
             now=clock.now(),
             limits=limits or Limits(submits=200),
@@ -32,6 +32,7 @@ def claim(store, clock):
             ignore_due=ignore_due,
             timeout=5.0,
         )
+        return claimed
 
     return run
 
@@ -369,7 +370,7 @@ def test_threads_that_claim_at_once_never_share_a_job(insert, store, clock):
     def take(n):
         barrier.wait()
         for turn in range(4):
-            held = store.claim(
+            held, _ = store.claim(
                 nonce=f"{n}-{turn}",
                 now=clock.now(),
                 limits=Limits(submits=4, stores=4),
