@@ -345,6 +345,32 @@ def seaweedfs(_seaweedfs: S3Engine) -> S3Engine:
     return _seaweedfs
 
 
+# boto3 sends trailers only over https; over http the choice of a checksum of its own is what betrays it.
+R2_REFUSES = ("x-amz-trailer", "x-amz-sdk-checksum-algorithm", "x-amz-tagging", "x-amz-acl", "expect")
+
+
+@pytest.fixture
+def s3_requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The requests of the service's S3 clients as they leave; one with a header that R2 refuses does not."""
+    leaving: list[Any] = []
+    connect, session = R2._connect, processes.s3_session()
+
+    def watch(request: Any, **_: Any) -> None:
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        assert not [name for name in R2_REFUSES if name in headers]
+        assert "aws-chunked" not in str(headers.get("content-encoding"))
+        leaving.append(request)
+
+    def connect_watched(self: R2) -> Any:
+        client = connect(self)
+        client.meta.events.register_last("before-send.s3", watch)
+        return client
+
+    monkeypatch.setattr(boto3.session, "Session", lambda: session)  # to make one takes longer than most tests
+    monkeypatch.setattr(R2, "_connect", connect_watched)
+    return leaving
+
+
 @pytest.fixture
 def job_factory(clock: FakeClock) -> Callable[..., Job]:
     """A job at any state."""
