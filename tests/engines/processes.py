@@ -2,8 +2,8 @@
 
 import contextlib
 import os
+import re
 import secrets
-import select
 import shutil
 import signal
 import socket
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import boto3
 from botocore.config import Config
@@ -25,7 +25,10 @@ BUCKET = "ob-ai-results"
 START_SECONDS = 30.0
 STOP_SECONDS = 10.0
 # The shell ends the engine when its own standard input ends, as it does however this process ends.
-SUPERVISED = '"$@" & exec >&-; read -r _; kill $! 2>/dev/null; wait $!'
+SUPERVISED = '"$@" & read -r _; kill $! 2>/dev/null; wait $!'
+
+
+T = TypeVar("T")
 
 
 class NotStarted(Exception):
@@ -33,7 +36,7 @@ class NotStarted(Exception):
 
 
 def why_missing(engine: str) -> str | None:
-    """Why the engine cannot be run here; None where it can."""
+    """Say why the engine cannot be run here; None where it can."""
     if (ROOT / ".venv" / f"{engine}.installed").exists():
         return None
     try:
@@ -46,19 +49,18 @@ def why_missing(engine: str) -> str | None:
 
 @contextlib.contextmanager
 def _running(command: list[str], folder: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """The command at work, in a session of its own and with no more of our environment than it needs."""
+    """Run the command in a session of its own, with no more of our environment than it needs."""
     with (folder / "engine.log").open("wb") as log:
         process = subprocess.Popen(
             ["sh", "-c", SUPERVISED, "sh", *command],
             env={"PATH": os.environ["PATH"], "HOME": str(folder), "TMPDIR": str(folder), **environment},
             cwd=folder,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=log,
             stderr=log,
             start_new_session=True,
         )
     assert process.stdin
-    assert process.stdout
     try:
         yield process
     finally:
@@ -68,12 +70,11 @@ def _running(command: list[str], folder: Path, environment: dict[str, str]) -> I
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        process.stdout.close()
 
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """A short path: a socket's may have a hundred characters."""
+    """Make a folder with a short path: that of a socket may have a hundred characters."""
     path = Path(tempfile.mkdtemp(prefix="engine-"))
     try:
         yield path
@@ -82,30 +83,29 @@ def _folder() -> Iterator[Path]:
 
 
 def _said(folder: Path) -> str:
-    return (folder / "engine.log").read_text(errors="replace")[-2_000:]
+    return (folder / "engine.log").read_text(errors="replace")
 
 
-def _wait(ready: Callable[[], bool], folder: Path) -> None:
+def _wait(ready: Callable[[], T | None], folder: Path) -> T:
+    """Return what `ready` returns, once that is something."""
     end = time.monotonic() + START_SECONDS
-    while not ready():
+    while not (found := ready()):
         if time.monotonic() > end:
-            raise NotStarted(_said(folder))
-        time.sleep(0.1)
+            raise NotStarted(_said(folder)[-2_000:])
+        time.sleep(0.05)
+    return found
 
 
 @contextlib.contextmanager
 def miniflare() -> Iterator[dict[str, str]]:
-    """D1's engine at work: the service's settings that lead to it."""
+    """Run D1's engine; yields the service's settings that lead to it."""
     account, database, token = "engine-account", "engine-database", secrets.token_hex(16)
     serve, modules = ROOT / "tests" / "engines" / "serve.mjs", ROOT / ".venv" / "miniflare"
     command = ["node", str(serve), str(modules), account, database, token]
-    with _folder() as folder, _running(command, folder, {}) as process:
-        readable, _, _ = select.select([process.stdout], [], [], START_SECONDS)
-        url = process.stdout.readline().decode().strip() if readable and process.stdout else ""
-        if not url:
-            raise NotStarted(_said(folder))
+    with _folder() as folder, _running(command, folder, {}):
+        url = _wait(lambda: re.search(r"^ready (\S+)\n", _said(folder), flags=re.MULTILINE), folder)
         yield {
-            "CLOUDFLARE_API_BASE": f"{url}/client/v4",
+            "CLOUDFLARE_API_BASE": f"{url[1]}/client/v4",
             "CLOUDFLARE_ACCOUNT_ID": account,
             "CLOUDFLARE_API_TOKEN": token,
             "D1_DATABASE_ID": database,
@@ -114,12 +114,12 @@ def miniflare() -> Iterator[dict[str, str]]:
 
 @lru_cache
 def s3_session() -> Any:
-    """One for all clients: what it has loaded is what makes them slow to make."""
+    """Make one for all clients: what it has loaded is what makes them slow to make."""
     return boto3.session.Session()
 
 
 def s3_client(given: dict[str, str]) -> Any:
-    """A plain S3 client, to look at what the service's own has done."""
+    """Make a plain S3 client, to look at what the service's own has done."""
     client = s3_session().client(
         "s3",
         endpoint_url=given["R2_ENDPOINT_URL"],
@@ -156,7 +156,7 @@ PORTS = (
 
 @contextlib.contextmanager
 def seaweedfs() -> Iterator[dict[str, str]]:
-    """SeaweedFS at work with an empty bucket: the service's settings that lead to it."""
+    """Run SeaweedFS with an empty bucket; yields the service's settings that lead to it."""
     ports = dict(zip(PORTS, _free_ports(len(PORTS)), strict=True))
     key_id, secret = "engine-key", secrets.token_hex(16)
     given = {

@@ -1,5 +1,5 @@
 // node serve.mjs MODULES ACCOUNT DATABASE TOKEN: serves worker.mjs over an empty database at a free port of 127.0.0.1,
-// and prints its URL when it is ready. MODULES is the folder that miniflare was installed into.
+// and says so with its URL when it is ready. MODULES is the folder that miniflare was installed into.
 import { createRequire } from "node:module";
 import { fileURLToPath } from "node:url";
 
@@ -25,4 +25,4 @@ process.on("SIGTERM", async () => {
   await miniflare.dispose();
   process.exit(0);
 });
-console.log((await miniflare.ready).origin);
+console.log(`ready ${(await miniflare.ready).origin}`);
