@@ -1,10 +1,15 @@
-"""Builders: a clock that stands still, a local cloud at the wire, S3 by moto, and the service between them."""
+"""
+Builders: a clock that stands still, a local cloud at the wire, S3 by moto, and the service between them.
+
+D1 is the local cloud's unless a test file says otherwise with a `d1_engine` of its own.
+"""
 
 import json
 import os
 import re
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,8 @@ from chalicelib.r2 import R2
 from chalicelib.runtime import Clock, Deadline
 from chalicelib.store import Limits
 from chalicelib.wire import Wire
+from tests.engines import processes
+from tests.engines.engine import D1Engine, S3Engine
 from tools import schema
 from tools.cloud import LocalCloud, Request
 from tools.cloud.server import CloudServer
@@ -36,6 +43,9 @@ os.environ["MOTO_S3_CUSTOM_ENDPOINTS"] = R2_ENDPOINT
 KEY = "test-key"
 KEY_HASH = "62af8704764faf8ea82fc61ce9c4c3908b6cb97d463a634e9e587d7c885db0ef"
 BUCKET = "ob-ai-results"
+
+
+NOT_RUN = pytest.StashKey[dict[str, str]]()
 
 
 class FakeClock(Clock):
@@ -179,8 +189,29 @@ def faults() -> Faults:
 
 
 @pytest.fixture
-def wire(cloud: LocalCloud, faults: Faults, s3: Any) -> Iterator[responses.RequestsMock]:
-    """Every HTTP request goes to the local cloud, unless a fault takes it."""
+def d1_engine(cloud: LocalCloud) -> D1Engine:
+    """The D1 that the service gets: the local cloud's."""
+    return D1Engine(cloud.settings(), cloud)
+
+
+@pytest.fixture(params=["local", "miniflare"])
+def each_d1_engine(request: pytest.FixtureRequest, cloud: LocalCloud) -> D1Engine:
+    """The local cloud's D1 and Cloudflare's own engine, in turn; for a test file's own `d1_engine`."""
+    if request.param == "miniflare":
+        engine: D1Engine = request.getfixturevalue("miniflare")
+        return engine
+    return D1Engine(cloud.settings(), cloud)
+
+
+@pytest.fixture
+def table(d1_engine: D1Engine) -> Callable[..., list[dict[str, Any]]]:
+    """Run SQL behind the service's back, to look at the table or to change it."""
+    return d1_engine.execute
+
+
+@pytest.fixture
+def wire(cloud: LocalCloud, faults: Faults, s3: Any, d1_engine: D1Engine) -> Iterator[responses.RequestsMock]:
+    """Every HTTP request goes to the local cloud, unless a fault takes it; one to a real engine goes there."""
 
     def answer(request: requests.PreparedRequest) -> Any:
         fault = faults.take(f"{request.method} {request.url}")
@@ -199,6 +230,8 @@ def wire(cloud: LocalCloud, faults: Faults, s3: Any) -> Iterator[responses.Reque
     with responses.RequestsMock(assert_all_requests_are_fired=False) as mock:
         for method in ("GET", "POST"):
             mock.add_callback(method, re.compile(r"http://cloud\.test:8001/.*"), callback=answer)
+        if d1_engine.local is None:
+            mock.add_passthru(d1_engine.settings["CLOUDFLARE_API_BASE"])
         yield mock
 
 
@@ -227,19 +260,19 @@ def s3(_s3_client: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def environment(cloud: LocalCloud) -> dict[str, str]:
-    return {**cloud.settings(), "R2_ENDPOINT_URL": R2_ENDPOINT, "API_KEY_HASHES": KEY_HASH}
+def environment(cloud: LocalCloud, d1_engine: D1Engine) -> dict[str, str]:
+    return {**cloud.settings(), **d1_engine.settings, "R2_ENDPOINT_URL": R2_ENDPOINT, "API_KEY_HASHES": KEY_HASH}
 
 
 @pytest.fixture
 def empty_d1(wire: responses.RequestsMock, environment: dict[str, str], clock: FakeClock) -> D1:
-    """The local cloud's D1 without a table."""
+    """D1 without a table."""
     return bootstrap.make_d1(settings.load(environment), Wire(clock), clock)
 
 
 @pytest.fixture
 def d1(empty_d1: D1) -> D1:
-    """The local cloud's D1 with the schema."""
+    """D1 with the schema."""
     schema.apply(empty_d1)
     return empty_d1
 
@@ -264,13 +297,81 @@ def cloud_server(tmp_path: Path) -> Iterator[CloudServer]:
     """The local cloud behind a real port, with the machine's clock."""
     server = CloudServer(0)
     server.cloud = LocalCloud(tmp_path / "served", base_url=server.base_url)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
     server.shutdown()
     thread.join()
     server.server_close()
     server.cloud.close()
+
+
+def _settings_of(
+    engine: str, start: Callable[[], AbstractContextManager[dict[str, str]]], config: pytest.Config
+) -> Iterator[dict[str, str]]:
+    if why := processes.why_missing(engine):
+        config.stash.setdefault(NOT_RUN, {})[engine] = why
+        pytest.skip(f"{processes.NAMES[engine]} was not run: {why}")
+    with start() as settings_there:
+        yield settings_there
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Name the real engines whose tests were skipped."""
+    for engine, why in config.stash.get(NOT_RUN, {}).items():
+        terminalreporter.write_line(f"NOT RUN: {processes.NAMES[engine]}: {why}", yellow=True, bold=True)
+
+
+@pytest.fixture(scope="session")
+def _miniflare(pytestconfig: pytest.Config) -> Iterator[D1Engine]:
+    for there in _settings_of("miniflare", processes.miniflare, pytestconfig):
+        yield D1Engine(there)
+
+
+@pytest.fixture(scope="session")
+def _seaweedfs(pytestconfig: pytest.Config) -> Iterator[S3Engine]:
+    for there in _settings_of("seaweedfs", processes.seaweedfs, pytestconfig):
+        yield S3Engine(there)
+
+
+@pytest.fixture
+def miniflare(_miniflare: D1Engine) -> D1Engine:
+    """Cloudflare's own D1 engine, with an empty database; one process for all tests."""
+    _miniflare.clear()
+    return _miniflare
+
+
+@pytest.fixture
+def seaweedfs(_seaweedfs: S3Engine) -> S3Engine:
+    """SeaweedFS, with an empty bucket; one process for all tests."""
+    _seaweedfs.clear()
+    return _seaweedfs
+
+
+# boto3 sends trailers only over https; over http the choice of a checksum of its own is what betrays it.
+R2_REFUSES = ("x-amz-trailer", "x-amz-sdk-checksum-algorithm", "x-amz-tagging", "x-amz-acl", "expect")
+
+
+@pytest.fixture
+def s3_requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The requests of the service's S3 clients as they leave; one with a header that R2 refuses does not."""
+    leaving: list[Any] = []
+    connect, session = R2._connect, processes.s3_session()
+
+    def watch(request: Any, **_: Any) -> None:
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        assert not [name for name in R2_REFUSES if name in headers]
+        assert "aws-chunked" not in str(headers.get("content-encoding"))
+        leaving.append(request)
+
+    def connect_watched(self: R2) -> Any:
+        client = connect(self)
+        client.meta.events.register_last("before-send.s3", watch)
+        return client
+
+    monkeypatch.setattr(boto3.session, "Session", lambda: session)  # to make one takes longer than most tests
+    monkeypatch.setattr(R2, "_connect", connect_watched)
+    return leaving
 
 
 @pytest.fixture

@@ -26,3 +26,34 @@ install() {
   }
   echo "$wanted" > .venv/installed
 }
+
+# For ./test: the real engines that check the local cloud. One that cannot be had here stops nothing; the tests say so.
+install_engines() {
+  engine miniflare tests/engines/package-lock.json
+  engine seaweedfs requirements-engines.txt
+}
+
+engine() {
+  wanted=$(cksum < "$2")
+  [ "$(cat ".venv/$1.installed" 2>/dev/null)" = "$wanted" ] && return
+  say "installing $1, with which the tests check the local cloud (once)"
+  rm -f ".venv/$1.installed"
+  if "install_$1" > ".venv/$1.log" 2>&1; then
+    echo "$wanted" > ".venv/$1.installed"
+  else
+    say "$1 could not be installed; what it checks is left out. All that was said is in .venv/$1.log."
+  fi
+}
+
+install_miniflare() {
+  command -v node && command -v npm || { echo "error: Node.js 18 or newer and npm were not found"; return 1; }
+  mkdir -p .venv/miniflare && cp tests/engines/package.json tests/engines/package-lock.json .venv/miniflare || return 1
+  # The install scripts would only fetch again what the packages for this platform bring.
+  npm ci --prefix .venv/miniflare --ignore-scripts --engine-strict --no-audit --no-fund --fetch-retries 1 &&
+    .venv/miniflare/node_modules/.bin/workerd --version
+}
+
+install_seaweedfs() {
+  .venv/bin/python -m pip install --quiet --retries 1 --timeout 30 --disable-pip-version-check --only-binary :all: \
+    -r requirements-engines.txt && .venv/bin/weed version
+}

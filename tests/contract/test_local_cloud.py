@@ -1,13 +1,15 @@
-"""The local cloud over real sockets, spoken to by the service's own clients: what it answers is what the facts say."""
+"""
+The local cloud over real sockets, spoken to by the service's own clients: what it answers is what the facts say.
+
+What it has in common with the real engines is in test_d1_contract.py and test_r2_contract.py.
+"""
 
 import json
-from random import Random
 
 import pytest
 import requests
 
-from chalicelib.d1 import D1, Statement
-from chalicelib.errors import PermanentError, TransientError
+from chalicelib.errors import TransientError
 from chalicelib.r2 import R2
 from chalicelib.runpod import Runpod, Verdict
 from chalicelib.runtime import Clock
@@ -21,89 +23,6 @@ PNG = draw("a cat")
 @pytest.fixture
 def settings(cloud_server):
     return cloud_server.cloud.settings()
-
-
-@pytest.fixture
-def d1(settings):
-    def make(**other):
-        clock = Clock()
-        given = {
-            "base_url": settings["CLOUDFLARE_API_BASE"],
-            "account_id": settings["CLOUDFLARE_ACCOUNT_ID"],
-            "database_id": settings["D1_DATABASE_ID"],
-            "token": settings["CLOUDFLARE_API_TOKEN"],
-        }
-        return D1(wire=Wire(clock), clock=clock, rng=Random(1), **{**given, **other})
-
-    return make
-
-
-def run(d1, *statements):
-    return d1.query([Statement(sql, tuple(params)) for sql, *params in statements], timeout=10.0)
-
-
-def test_d1_runs_a_batch_as_one_transaction(d1):
-    run(d1(), ["CREATE TABLE t (k TEXT PRIMARY KEY, n INTEGER)"])
-    with pytest.raises(PermanentError, match="UNIQUE constraint failed"):
-        run(d1(), ["INSERT INTO t VALUES ('a', 1)"], ["INSERT INTO t VALUES ('a', 2)"])
-
-    assert run(d1(), ["SELECT count(*) AS n FROM t"]) == [[{"n": 0}]]
-
-
-def test_d1_binds_numbers_as_real_and_json_each_keeps_integers(d1):
-    rows = run(
-        d1(),
-        ["SELECT typeof(?1) AS direct, ?1 || '' AS text", 5],
-        ["SELECT typeof(json_extract(value, '$.n')) AS inside FROM json_each(?1)", '[{"n": 5}]'],
-        ["SELECT 1.0 AS whole, 1.5 AS half, ?1 AS empty", None],
-    )
-
-    assert rows == [
-        [{"direct": "real", "text": "5.0"}],
-        [{"inside": "integer"}],
-        [{"whole": 1, "half": 1.5, "empty": None}],
-    ]
-
-
-@pytest.mark.parametrize(
-    ("sql", "message"),
-    [
-        ("SELEC 1", "syntax error"),
-        ("BEGIN", "To execute a transaction"),
-        (f"SELECT {','.join('?' * 101)}", "too many SQL variables"),
-        (f"SELECT '{'x' * 100_001}'", "too"),
-        ("SELECT ?1, ?2", "bindings"),
-    ],
-)
-def test_d1_refuses_what_d1_refuses(d1, sql, message):
-    with pytest.raises(PermanentError, match=message):
-        run(d1(), [sql])
-
-
-@pytest.mark.parametrize(
-    ("other", "code"),
-    [
-        ({"token": "wrong"}, "d1_unauthorized"),
-        ({"account_id": "wrong"}, "d1_unauthorized"),
-        ({"database_id": "wrong"}, "d1_not_found"),
-    ],
-)
-def test_d1_knows_its_own(d1, other, code):
-    with pytest.raises(PermanentError) as caught:
-        run(d1(**other), ["SELECT 1"])
-
-    assert caught.value.code == code
-
-
-def test_d1_takes_several_statements_only_without_params(settings):
-    url = f"{settings['CLOUDFLARE_API_BASE']}/accounts/local-account/d1/database/local-database/query"
-    headers = {"Authorization": f"Bearer {settings['CLOUDFLARE_API_TOKEN']}"}
-
-    several = requests.post(url, json={"sql": "SELECT 1 AS x; SELECT 2 AS y;"}, headers=headers, timeout=10)
-    refused = requests.post(url, json={"sql": "SELECT ?1; SELECT 2", "params": [1]}, headers=headers, timeout=10)
-
-    assert [part["results"] for part in several.json()["result"]] == [[{"x": 1}], [{"y": 2}]]
-    assert (refused.status_code, refused.json()["errors"][0]["code"]) == (400, 7400)
 
 
 def bucket(settings, **other):
@@ -136,14 +55,6 @@ def test_r2_does_not_wait_for_a_continue_that_never_comes(settings):
     put(target, "k", PNG)
 
     assert time.perf_counter() - start < 0.9
-
-
-@pytest.mark.parametrize(
-    "other", [{"secret_access_key": "wrong"}, {"access_key_id": "wrong"}, {"bucket": "another-bucket"}]
-)
-def test_r2_knows_its_own(settings, other):
-    with pytest.raises(PermanentError):
-        put(bucket(settings, **other), "k", PNG)
 
 
 def test_r2_refuses_the_checksum_trailers_that_boto3_sends_by_default(settings, s3):

@@ -21,13 +21,18 @@ AT = "2026-01-31T23:58:00.000Z"
 
 
 @pytest.fixture
-def old(cloud, empty_d1):
+def d1_engine(each_d1_engine):
+    return each_d1_engine
+
+
+@pytest.fixture
+def old(table, empty_d1):
     """A database of the earlier version, brought to what the code needs after the rows were written."""
-    cloud.d1.execute(OLD_TABLE)
+    table(OLD_TABLE)
 
     def insert(job_id, **columns):
         row = {"id": job_id, "status": "queued", "prompt": "an old cat", "created_at": AT, "updated_at": AT, **columns}
-        cloud.d1.execute(f"INSERT INTO jobs ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", *row.values())
+        table(f"INSERT INTO jobs ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", *row.values())
 
     return insert
 
@@ -43,19 +48,28 @@ def old_bench(old, empty_d1, environment, cloud, clock, faults, s3):
     return make
 
 
-def test_missing_columns_are_added_and_no_value_is_touched(old, cloud, empty_d1):
+def test_an_empty_database_gets_everything_and_a_second_run_adds_nothing(empty_d1, table):
+    did = schema.apply(empty_d1)
+
+    assert did == [f"created {name}" for name in (*schema.tables(), *schema.indexes())]
+    assert (schema.missing(empty_d1), schema.apply(empty_d1)) == (([], []), [])
+    made = "SELECT name FROM sqlite_master WHERE tbl_name IN ('jobs', 'job_events') AND sql IS NOT NULL"
+    assert {row["name"] for row in table(made)} == {*schema.tables(), *schema.indexes()}
+
+
+def test_missing_columns_are_added_and_no_value_is_touched(old, table, empty_d1):
     old("a", status="done", result_url="https://old/a.png", finished_at=AT, model="qwen-image")
-    before = cloud.d1.execute(f"SELECT {', '.join(OLD_COLUMNS)} FROM jobs")
+    before = table(f"SELECT {', '.join(OLD_COLUMNS)} FROM jobs")
 
     did = schema.apply(empty_d1)
 
-    assert cloud.d1.execute(f"SELECT {', '.join(OLD_COLUMNS)} FROM jobs") == before
+    assert table(f"SELECT {', '.join(OLD_COLUMNS)} FROM jobs") == before
     assert "added column jobs.step" in did
     assert "created job_events" in did
     assert "created jobs_due" in did
 
 
-def test_an_old_table_ends_with_the_columns_of_a_new_one(old, cloud, empty_d1, tmp_path):
+def test_an_old_table_ends_with_the_columns_of_a_new_one(old, cloud, empty_d1, tmp_path, table):
     from tools.cloud import LocalCloud
 
     schema.apply(empty_d1)
@@ -64,10 +78,10 @@ def test_an_old_table_ends_with_the_columns_of_a_new_one(old, cloud, empty_d1, t
         fresh.d1.execute(statement)
 
     def columns(where):
-        rows = where.d1.execute("SELECT name, type, \"notnull\", dflt_value FROM pragma_table_info('jobs')")
+        rows = where("SELECT name, type, \"notnull\", dflt_value FROM pragma_table_info('jobs')")
         return {row["name"]: (row["type"], row["notnull"], row["dflt_value"]) for row in rows}
 
-    new, added = columns(fresh), columns(cloud)
+    new, added = columns(fresh.d1.execute), columns(table)
     fresh.close()
     assert list(new)[:11] == list(OLD_COLUMNS)
     assert list(added) == list(new)
@@ -80,8 +94,8 @@ def test_a_second_run_has_nothing_to_do(old, empty_d1):
     assert schema.apply(empty_d1) == []
 
 
-def test_a_run_that_was_broken_off_is_finished_by_the_next(old, cloud, empty_d1):
-    cloud.d1.execute("ALTER TABLE jobs ADD COLUMN step TEXT")
+def test_a_run_that_was_broken_off_is_finished_by_the_next(old, table, empty_d1):
+    table("ALTER TABLE jobs ADD COLUMN step TEXT")
 
     did = schema.apply(empty_d1)
 
@@ -89,15 +103,15 @@ def test_a_run_that_was_broken_off_is_finished_by_the_next(old, cloud, empty_d1)
     assert schema.missing(empty_d1) == ([], [])
 
 
-def test_an_added_column_keeps_its_constraint(old, cloud, empty_d1):
+def test_an_added_column_keeps_its_constraint(old, table, empty_d1):
     schema.apply(empty_d1)
 
     with pytest.raises(Exception, match="CHECK constraint failed"):
-        cloud.d1.execute("INSERT INTO jobs (id, prompt, created_at, step) VALUES ('x', '', '', 'nonsense')")
+        table("INSERT INTO jobs (id, prompt, created_at, step) VALUES ('x', '', '', 'nonsense')")
 
 
-def test_a_table_of_another_program_is_left_alone(cloud, empty_d1):
-    cloud.d1.execute("CREATE TABLE jobs (number INTEGER)")
+def test_a_table_of_another_program_is_left_alone(table, empty_d1):
+    table("CREATE TABLE jobs (number INTEGER)")
 
     with pytest.raises(SystemExit, match="another program"):
         schema.apply(empty_d1)
@@ -204,19 +218,19 @@ def test_an_old_run_is_asked_for_where_it_was_sent(old, old_bench):
     assert bench.job("a").endpoint_id == "local-endpoint"
 
 
-def test_final_rows_stay_as_they_are(old, old_bench, cloud):
+def test_final_rows_stay_as_they_are(old, old_bench, table):
     old("a", status="done", result_url="https://old/a.png")
     old("b", status="error", error_message="boom")
     bench = old_bench()
-    before = cloud.d1.execute("SELECT * FROM jobs ORDER BY id")
+    before = table("SELECT * FROM jobs ORDER BY id")
 
     bench.round(after=0)
 
-    assert cloud.d1.execute("SELECT * FROM jobs ORDER BY id") == before
+    assert table("SELECT * FROM jobs ORDER BY id") == before
     assert (bench.job("a").status, bench.job("b").error_message) == ("done", "boom")
 
 
-def test_a_row_that_the_earlier_version_writes_meanwhile_is_taken_too(old, old_bench, cloud):
+def test_a_row_that_the_earlier_version_writes_meanwhile_is_taken_too(old, old_bench):
     bench = old_bench()
     old("late")
 

@@ -9,6 +9,11 @@ from chalicelib.store import QUERIES, load_queries
 from tools import schema
 
 
+@pytest.fixture
+def d1_engine(each_d1_engine):
+    return each_d1_engine
+
+
 def test_a_query_is_its_sql_and_the_names_in_their_order():
     text = "-- head\n\n-- name: one\n-- Why.\nSELECT :b, :a, :b -- end\n-- in\nFROM t\n\n-- name: two\nSELECT 2\n"
 
@@ -18,16 +23,16 @@ def test_a_query_is_its_sql_and_the_names_in_their_order():
 
 
 @pytest.mark.parametrize("name", QUERIES)
-def test_the_engine_prepares_it(name, cloud, d1):
+def test_the_engine_prepares_it(name, table, d1):
     sql, names = QUERIES[name]
 
-    assert cloud.d1.execute(f"EXPLAIN {sql}", *["[]"] * len(names))
+    assert table(f"EXPLAIN {sql}", *["[]"] * len(names))
 
 
 @pytest.mark.parametrize("name", QUERIES)
-def test_it_never_reads_the_whole_table(name, cloud, d1):
+def test_it_never_reads_the_whole_table(name, table, d1):
     sql, names = QUERIES[name]
-    plan = [row["detail"] for row in cloud.d1.execute(f"EXPLAIN QUERY PLAN {sql}", *["[]"] * len(names))]
+    plan = [row["detail"] for row in table(f"EXPLAIN QUERY PLAN {sql}", *["[]"] * len(names))]
 
     scans = [line for line in plan if re.match(r"SCAN (jobs|job_events)\b", line)]
     # A list without a filter reads the index of its order, and stops at its limit.

@@ -1,4 +1,4 @@
-"""What each statement does to the table, on the local cloud's D1."""
+"""What each statement does to the table, on the local cloud's D1 and on Cloudflare's own engine."""
 
 import threading
 from datetime import timedelta
@@ -11,14 +11,13 @@ from chalicelib.store import Limits, Store
 
 
 @pytest.fixture
-def store(d1):
-    return Store(d1=d1, default_endpoint_id="endpoint-1", submit_unknown_wait=600)
+def d1_engine(each_d1_engine):
+    return each_d1_engine
 
 
 @pytest.fixture
-def table(cloud, d1):
-    """Look at the table, or change it, behind the service's back."""
-    return cloud.d1.execute
+def store(d1):
+    return Store(d1=d1, default_endpoint_id="endpoint-1", submit_unknown_wait=600)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """D1's REST protocol over a SQLite file, with D1's limits and its habit of binding every number as REAL."""
 
 import json
+import math
 import re
 import sqlite3
 import threading
@@ -20,7 +21,20 @@ LIMITS = {
     sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 5,
     sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 50,
 }
-TRANSACTION = re.compile(r"\s*(BEGIN|COMMIT|ROLLBACK|SAVEPOINT|RELEASE)\b", re.IGNORECASE)
+TRANSACTION = re.compile(r"\s*(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE)\b", re.IGNORECASE)
+COMMENT_OR_QUOTED = re.compile(r"--[^\n]*|/\*.*?\*/|'[^']*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]", re.DOTALL)
+# What D1's engine lets through and refuses beside the statements themselves.
+ALLOWED_PRAGMAS = {
+    "case_sensitive_like", "data_version", "defer_foreign_keys", "foreign_key_check", "foreign_key_list",
+    "foreign_keys", "ignore_check_constraints", "index_info", "index_list", "index_xinfo", "legacy_alter_table",
+    "optimize", "quick_check", "recursive_triggers", "reverse_unordered_selects", "table_info", "table_list",
+    "table_xinfo",
+}  # fmt: skip
+REFUSED_ACTIONS = {
+    sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_CREATE_TEMP_INDEX, sqlite3.SQLITE_CREATE_TEMP_TABLE,
+    sqlite3.SQLITE_CREATE_TEMP_TRIGGER, sqlite3.SQLITE_CREATE_TEMP_VIEW,
+}  # fmt: skip
+MOST_EXACT = 2**53  # the integers up to here are JavaScript's too
 RATE_HEADERS = {"ratelimit": '"default";r=1199;t=1', "ratelimit-policy": '"default";q=1200;w=300'}
 
 
@@ -36,6 +50,7 @@ class D1:
         self._connection.execute("PRAGMA foreign_keys = ON")
         for limit, value in LIMITS.items():
             self._connection.setlimit(limit, value)
+        self._connection.set_authorizer(_authorize)
 
     def handle(self, request: Request) -> Answer:
         """Answer one API call."""
@@ -45,6 +60,8 @@ class D1:
             statements = _read(json.loads(request.body))
         except (ValueError, TypeError, KeyError) as error:
             return _fail(400, 7400, f"The request is malformed: {error}")
+        if not statements:
+            return _fail(400, 7500, "No SQL statements detected.")
         return self._run(statements)
 
     def close(self) -> None:
@@ -81,14 +98,16 @@ class D1:
                 results = [self._run_one(sql, params) for sql, params in statements]
             except (sqlite3.Error, sqlite3.Warning) as error:
                 self._connection.execute("ROLLBACK")
-                kind = "SQLITE_CONSTRAINT" if isinstance(error, sqlite3.IntegrityError) else "SQLITE_ERROR"
-                return _fail(400, 7500, f"{error}: {kind}")
+                return _fail(400, 7500, _said(error))
             self._connection.execute("COMMIT")
         return json_answer(200, {"result": results, "errors": [], "messages": [], "success": True}, RATE_HEADERS)
 
     def _run_one(self, sql: str, params: list[Any]) -> dict[str, Any]:
-        if TRANSACTION.match(sql):
-            raise sqlite3.OperationalError("To execute a transaction, please use the state.storage.transaction() API")
+        if TRANSACTION.match(_bare(sql)):
+            raise sqlite3.Warning(
+                "To execute a transaction, please use the state.storage.transaction() or"
+                " state.storage.transactionSync() APIs instead of the SQL BEGIN TRANSACTION or SAVEPOINT statements."
+            )
         cursor = self._connection.execute(sql, _numbered(sql, [_bound(value) for value in params]))
         names = [column[0] for column in cursor.description or ()]
         rows = [dict(zip(names, map(_unbound, row), strict=True)) for row in cursor]
@@ -108,7 +127,9 @@ def _read(body: Any) -> list[tuple[str, list[Any]]]:
         parts, params = _split(item["sql"]), item.get("params", [])
         if len(parts) > 1 and params:
             raise ValueError("params with multiple statements is not supported")
-        if not all(value is None or isinstance(value, (str, int, float)) for value in params):
+        if not isinstance(params, list) or not all(
+            value is None or isinstance(value, (str, int, float)) for value in params
+        ):
             raise ValueError("invalid params")
         statements += [(part, params) for part in parts]
     return statements
@@ -122,21 +143,27 @@ def _split(sql: str) -> tuple[str, ...]:
         if piece == ";" and sqlite3.complete_statement(current):
             parts.append(current)
             current = ""
-    return tuple(part for part in [*parts, current] if part.strip())
+    return tuple(part for part in [*parts, current] if _bare(part).strip(" \t\r\n;"))
+
+
+@lru_cache(maxsize=512)
+def _bare(sql: str) -> str:
+    """The statement without its comments, and with nothing between its quotes."""
+    return COMMENT_OR_QUOTED.sub(lambda found: " " if found[0][:2] in ("--", "/*") else "''", sql)
 
 
 @lru_cache(maxsize=512)
 def _numbers(sql: str) -> frozenset[int]:
-    return frozenset(int(number) for number in re.findall(r"\?(\d+)", sql))
+    return frozenset(int(number) for number in re.findall(r"\?(\d+)", _bare(sql)))
 
 
 def _numbered(sql: str, values: list[Any]) -> list[Any] | dict[str, Any]:
-    # Python's sqlite3 takes a list for ? and wants a dictionary for ?1.
+    # Python's sqlite3 takes a list for ? and wants a dictionary for ?1, of which it looks only at what it needs.
     numbers = _numbers(sql)
     if not numbers:
         return values
-    if max(numbers) != len(values):
-        raise sqlite3.ProgrammingError("Wrong number of parameter bindings for SQL query.")
+    if max(numbers) < len(values):
+        raise sqlite3.ProgrammingError("too many values")
     return {str(number): value for number, value in enumerate(values, start=1)}
 
 
@@ -145,7 +172,37 @@ def _bound(value: Any) -> Any:
 
 
 def _unbound(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, bytes):
+        return list(value)
+    if isinstance(value, int) and abs(value) > MOST_EXACT:
+        return int(float(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return int(value) if isinstance(value, float) and abs(value) <= MOST_EXACT and value.is_integer() else value
+
+
+def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+    allowed = action not in REFUSED_ACTIONS
+    if action == sqlite3.SQLITE_PRAGMA:
+        allowed = first in ALLOWED_PRAGMAS
+    elif action == sqlite3.SQLITE_FUNCTION:
+        allowed = second != "sqlite_version"
+    return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
+
+
+def _said(error: sqlite3.Error | sqlite3.Warning) -> str:
+    """The error in D1's words, as far as Python lets them through: it drops where in the statement it is."""
+    if isinstance(error, sqlite3.ProgrammingError):
+        return "Wrong number of parameter bindings for SQL query."
+    if isinstance(error, sqlite3.Warning):
+        return str(error)
+    # Python itself refuses a statement that is too long.
+    message = "statement too long" if "query string is too large" in str(error) else str(error)
+    full = getattr(
+        error, "sqlite_errorname", "SQLITE_TOOBIG" if isinstance(error, sqlite3.DataError) else "SQLITE_ERROR"
+    )
+    name = "_".join(full.split("_")[:2])
+    return f"{message}: {name}" if name == full else f"{message}: {name} (extended: {full})"
 
 
 def _fail(status: int, code: int, message: str) -> Answer:
