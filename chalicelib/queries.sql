@@ -246,7 +246,8 @@ SET
 FROM json_each(:guarded) AS row
 WHERE jobs.id = json_extract(row.value, '$.id')
   AND jobs.version = json_extract(row.value, '$.version')
-  AND jobs.status IN ('queued', 'running')
+  -- The + keeps SQLite from going through every live row by the index of their status.
+  AND +jobs.status IN ('queued', 'running')
 
 
 -- name: reopen
@@ -281,7 +282,7 @@ SET
 FROM json_each(:reopened) AS row
 WHERE jobs.id = json_extract(row.value, '$.id')
   AND jobs.version = json_extract(row.value, '$.version')
-  AND jobs.status IN ('error', 'cancelled')
+  AND +jobs.status IN ('error', 'cancelled')
 
 
 -- name: cancel_job

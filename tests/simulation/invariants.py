@@ -41,6 +41,9 @@ class Invariants:
     def __init__(self, world: Any) -> None:
         self._world = world
         self._rows: dict[str, dict[str, Any]] = {}
+        self._lines: dict[str, int] = {}
+        self._bought: set[tuple[str, int]] = set()
+        self.watching = True  # each write; of very many rows that takes too long
         self._locked: dict[Any, float] = {}
         self._putting: dict[str, Any] = {}
         self._not_before: dict[str, float] = {}
@@ -85,10 +88,10 @@ class Invariants:
 
     def at_run(self, job_id: str, attempt: int) -> None:
         """A paid run arrives at RunPod."""
-        row = self._read().get(job_id)
-        self.check(row and row["attempt"] >= attempt, f"/run of {job_id} without its intent on disk")
-        runs = [run for run in self._world.clouds.runs.values() if (run.job_id, run.attempt) == (job_id, attempt)]
-        self.check(not runs, f"/run of {job_id}, attempt {attempt}, was accepted twice")
+        rows = self._world.clouds.execute("SELECT attempt FROM jobs WHERE id = ?", job_id)
+        self.check(rows and rows[0]["attempt"] >= attempt, f"/run of {job_id} without its intent on disk")
+        self.check((job_id, attempt) not in self._bought, f"/run of {job_id}, attempt {attempt}, was accepted twice")
+        self._bought.add((job_id, attempt))
         if not self._world.faults.max_skew:
             self.check(self._world.now >= self._not_before.get(job_id, 0.0), f"/run of {job_id} before its Retry-After")
 
@@ -99,16 +102,38 @@ class Invariants:
 
     def after_write(self) -> None:
         """Compare the table with what it was."""
+        if not self.watching:
+            return
         rows = self._read()
         for job_id in self._rows.keys() - rows.keys():
             self.check(False, f"{job_id} is gone")
+        lines = {
+            line["job_id"]: line["n"]
+            for line in self._world.clouds.execute("SELECT job_id, count(*) AS n FROM job_events GROUP BY job_id")
+        }
         for job_id, row in rows.items():
             old = self._rows.get(job_id)
+            if old is not None:
+                self._check_lines(job_id, old, row, lines.get(job_id, 0) - self._lines.get(job_id, 0))
             if old != row and old is not None:
                 self._compare(job_id, old, row)
             if old != row and row["status"] == "done":
                 self._check_done(row)
-        self._rows = rows
+            if old != row and row["runpod_job_id"] and row["step"]:
+                self._check_run(row)
+        self._rows, self._lines = rows, lines
+
+    def _check_lines(self, job_id: str, old: dict[str, Any], row: dict[str, Any], new: int) -> None:
+        """A line of the timeline comes only with the move that it tells of."""
+        asked = old["cancel_at"] is None and row["cancel_at"] is not None and row["step"] is not None
+        held = row["holds"] == old["holds"] + 1
+        allowed = (0 if held else row["version"] - old["version"]) + asked
+        self.check(new <= allowed, f"{job_id}: its timeline has {new} new lines for {allowed} moves")
+
+    def _check_run(self, row: dict[str, Any]) -> None:
+        run = self._world.clouds.runs.get(row["runpod_job_id"])
+        mine = run and (run.job_id, run.attempt) == (row["id"], row["attempt"])
+        self.check(mine, f"{row['id']}, attempt {row['attempt']}, holds a run of another: {row['runpod_job_id']}")
 
     def _compare(self, job_id: str, old: dict[str, Any], row: dict[str, Any]) -> None:
         before, after = Job.from_row(old).state, Job.from_row(row).state

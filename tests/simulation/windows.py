@@ -185,6 +185,7 @@ def run_window(name: str) -> World:
 @window()
 def nothing_goes_wrong(stage: Stage) -> None:
     job = stage.new()
+    stage.rounds(2)
     stage.ends(job, "done")
     stage.expect(
         stage.timeline(job) == ["created", "submitted", "observed", "completed", "done"], str(stage.timeline(job))
@@ -328,6 +329,36 @@ def an_accepted_run_of_a_job_that_was_cancelled_meanwhile_is_stopped(stage: Stag
     stage.new()
     stage.expect(stage.runs(job)[0].cancelled is not None, "its run goes on")
     stage.ends(job, "cancelled")
+
+
+@window()
+def the_accepted_run_is_saved_twice_with_a_look_at_it_between(stage: Stage) -> None:
+    stage.next("d1", Fate(), LOST, LOST, LOST)
+    job = stage.new(replace(QUIET, run_seconds=100.0))
+    stage.rounds(1)  # another container sees it in progress: the last save is not the first one's any more
+    stage.expect("observed" in stage.timeline(job), "nobody looked")
+    stage.new()
+    stage.expect(stage.runs(job)[0].cancelled is None, "the run was stopped though the row holds it")
+    stage.ends(job, "done")
+
+
+@window(SUBMIT_UNKNOWN_WAIT="60")
+def the_accepted_run_is_saved_while_the_next_attempt_is_sent(stage: Stage) -> None:
+    stage.next("d1", Fate(), D1_FAILS, D1_FAILS, D1_FAILS)
+    job = stage.new(replace(QUIET, run_seconds=400.0))
+    stage.pass_time(61.0)
+    stage.next("/run", Fate(out=1.0, back=6.0))
+    stage.round(wait=False)
+    stage.pass_time(3.0)
+    stage.new()
+    stage.pass_time(10.0)
+    first, second = stage.runs(job)
+    stage.expect(stage.row(job)["runpod_job_id"] == second.id, "the first run is recorded as the second attempt")
+    stage.pass_time(61.0)
+    stage.new()
+    stage.new()
+    stage.expect(first.cancelled is not None, "the first run goes on")
+    stage.ends(job, "done", runs=2)
 
 
 @window()
@@ -635,6 +666,37 @@ def the_save_of_done_is_lost(stage: Stage) -> None:
 
 
 @window()
+def the_save_of_done_is_written_and_its_answer_lost(stage: Stage) -> None:
+    job = stage.new()
+    stage.pass_time(30.0)
+    stage.next("d1", Fate(), Fate(), LOST, LOST, LOST)
+    stage.round()
+    stage.expect(stage.row(job)["status"] == "done", "it was not written")
+    report = stage.round()
+    stage.expect([updated.id for updated in report.updated] == [job], "a lost answer looks like a lost race")
+    stage.ends(job, "done")
+
+
+@window()
+def a_save_takes_effect_when_others_have_gone_on(stage: Stage) -> None:
+    job = stage.new()
+    stage.pass_time(5.0)
+    stage.next("d1", Fate(), Fate(out=100.0), D1_FAILS, D1_FAILS)
+    stage.round()  # sees it in progress, and gives up saving that
+    for process in stage.world.processes:
+        process.kill()
+    stage.pass_time(20.0)
+    with stage.trouble("r2 PUT", Fate(out=30.0)):
+        holder = stage.round(wait=False)
+        stage.pass_time(3.0)
+        holder.kill()
+        stage.pass_time(70.5)
+        stage.round(wait=False)  # takes the result when the lease has ended; the first save comes in while it stores
+        stage.pass_time(20.0)
+    stage.ends(job, "done")
+
+
+@window()
 def r2_is_down_for_longer_than_runpod_remembers(stage: Stage) -> None:
     job = stage.new()
     with stage.trouble("r2 ", Fate(refused=True)):
@@ -888,7 +950,30 @@ def a_retry_of_a_dead_letter_forgets_what_it_had(stage: Stage) -> None:
         stage.rounds(125)
     stage.expect(len(json.loads(stage.row(job)["outputs"])) == 1, "nothing was stored")
     stage.say("retry", job)
+    row = stage.row(job)
+    stage.expect(
+        (row["outputs"], row["runpod_job_id"], row["dead_at"]) == (None, None, None), "it shows the old result"
+    )
     stage.ends(job, "done", runs=2)
+
+
+@window()
+def a_redrive_and_a_retry_at_once_are_the_first_of_them(stage: Stage) -> None:
+    job = stage.new()
+    with stage.trouble("r2 ", Fate(refused=True)):
+        stage.rounds(115)
+    stage.expect(stage.row(job)["dead_at"] is not None, "no dead letter")
+    stage.world.faults.plans[job, 2] = Plan(queue_seconds=0.0, run_seconds=0.0, verdict="FAILED", webhook=False)
+    stage.next("/status/", Fate(out=3.0, back=4.0))
+    stage.say("redrive", job, wait=False)  # reads the row, and asks RunPod for long
+    stage.pass_time(0.5)
+    stage.say("retry", job)
+    stage.round()
+    stage.pass_time(1.0)
+    stage.round(ignore_due=True)
+    stage.expect(stage.row(job)["error_code"] == "worker_failed", f"{stage.timeline(job)}")
+    stage.pass_time(10.0)
+    stage.ends(job, "error", runs=2, code="worker_failed")
 
 
 @window()

@@ -8,6 +8,7 @@ the loop, which goes on with whatever is next by the simulated clock. Nothing is
 import heapq
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -70,7 +71,7 @@ class Process:
             Machine(
                 clock=clock,
                 rng=Random(world.rng.getrandbits(64)),
-                new_crew=lambda size: SimCrew(self),
+                new_crew=lambda size: SimCrew(self, size),
                 new_wire=lambda resolve: SimWire(self),
             ),
             world.config,
@@ -102,10 +103,12 @@ class SimClock(Clock):
 
 
 class SimCrew:
-    """Threads of a process, as runtime.Crew has them; as many as it likes."""
+    """Threads of a process, as runtime.Crew has them: so many at work, the others wait for their turn."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, size: int) -> None:
         self._process = process
+        self._free = size
+        self._queue: deque[Callable[[], object]] = deque()
         self._finished: list[object] = []
         self._waiting: Task | None = None
         self.busy = 0
@@ -118,19 +121,22 @@ class SimCrew:
 
     def start(self, run: Callable[[], object]) -> None:
         self.busy += 1
-        world = self._process.world
+        self._queue.append(run)
+        if self._free:
+            self._free -= 1
+            self._process.world.spawn(self._process, self._work)
 
-        def body() -> None:
+    def _work(self) -> None:
+        while self._queue:
             try:
-                result = run()
+                result = self._queue.popleft()()
             except Exception as error:
                 result = error
             self._finished.append(result)
             if self._waiting is not None:
-                world.wake(self._waiting)
+                self._process.world.wake(self._waiting)
                 self._waiting = None
-
-        world.spawn(self._process, body)
+        self._free += 1
 
     def wait(self, timeout: float) -> list[object]:
         world = self._process.world

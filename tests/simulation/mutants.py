@@ -1,0 +1,348 @@
+"""
+Is the simulation worth anything? Each mutant breaks one rule of the protocol in a copy of the code, and must be caught.
+
+    python -m tests.simulation.mutants           all of them, one after the other
+    python -m tests.simulation.mutants NAME …    some
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SEEDS = 300  # that a mutant must survive to be called uncaught
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One text of one file and what stands in its place."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+CLAIM_SUBMITS = """  step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
+  runpod_job_id = NULL, runpod_status = NULL, endpoint_id = :endpoint_id, claimer = :nonce, due_at = :unknown_at,\
+ updated_at = :now,
+  deadline_at = coalesce(deadline_at, :deadline_at)
+WHERE id IN ("""
+
+GUARDS = """  AND jobs.version = json_extract(row.value, '$.version')
+  -- The + keeps SQLite from going through every live row by the index of their status.
+  AND +jobs.status IN ('queued', 'running')"""
+
+MUTANTS = [
+    Mutant(
+        "no version guard",
+        "queries.sql",
+        GUARDS,
+        "  AND +jobs.status IN ('queued', 'running')",
+    ),
+    Mutant(
+        "no guard of final rows",
+        "queries.sql",
+        GUARDS,
+        "",
+    ),
+    Mutant(
+        "paid call before the intent is written",
+        "pipeline.py",
+        "            job = self.store.with_intent(job, now=self.clock.now())\n",
+        "            self._send(self.store.with_intent(job, now=self.clock.now()), deadline)\n"
+        "            job = self.store.with_intent(job, now=self.clock.now())\n",
+    ),
+    Mutant(
+        "intent without an attempt",
+        "queries.sql",
+        CLAIM_SUBMITS,
+        CLAIM_SUBMITS.replace(" attempt = attempt + 1,", ""),
+    ),
+    Mutant(
+        "a new nonce for every try of a save",
+        "saver.py",
+        "                self._keep_batches([batch])\n            raise",
+        "                self.keep(batch.changes)\n            raise",
+    ),
+    Mutant(
+        "a doubtful claim's nonce is forgotten",
+        "rounds.py",
+        "            self.doubtful.put(nonce)\n",
+        "",
+    ),
+    Mutant(
+        "stored before it is saved",
+        "rounds.py",
+        "        self._go_on(self.saver.save(changes, self.deadline))",
+        "        saved = self.saver.save(changes, self.deadline)\n"
+        "        self._go_on(Saved(won=changes, error=saved.error))",
+    ),
+    Mutant(
+        "done without a put",
+        "results.py",
+        "            self.bucket.put(key, content, content_type=content_type, deadline=until)\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "the loser writes its event",
+        "queries.sql",
+        "WHERE jobs.writer = :nonce AND jobs.version = coalesce(json_extract(line.value, '$.version'), jobs.version)\n"
+        "ON CONFLICT DO NOTHING",
+        "WHERE true\nON CONFLICT DO NOTHING",
+    ),
+    Mutant(
+        "D1's Retry-After is ignored",
+        "d1.py",
+        "            self._locked_until = self._clock.monotonic() + reply.retry_after\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "RunPod's Retry-After is ignored",
+        "jobs.py",
+        "    wait = retry.seconds_to_wait(retry.SUBMIT, failures, rng=rng, retry_after=error.retry_after)\n",
+        "    wait = retry.seconds_to_wait(retry.SUBMIT, failures, rng=rng)\n",
+    ),
+    Mutant(
+        "a lease of zero",
+        "rounds.py",
+        "        return max(0.0, self.deadline.left()) + LEASE_MARGIN",
+        "        return 0.0",
+    ),
+    Mutant(
+        "rows that are given back are forgotten",
+        "rounds.py",
+        "            return Outcome(change=jobs.return_unsent(job, now=self.clock.now()))",
+        "            return Outcome()",
+    ),
+    Mutant(
+        "a cancel changes the version",
+        "queries.sql",
+        "SET cancel_at = :now, due_at = CASE WHEN step = 'poll' THEN :now ELSE due_at END, updated_at = :now",
+        "SET cancel_at = :now, due_at = CASE WHEN step = 'poll' THEN :now ELSE due_at END, updated_at = :now,"
+        " version = version + 1",
+    ),
+    Mutant(
+        "a cancelled job is sent again",
+        "queries.sql",
+        "SET status = 'cancelled', step = NULL, version = version + 1, claimer = NULL, finished_at = :now,"
+        " updated_at = :now\nWHERE status IN ('queued', 'running') AND cancel_at IS NOT NULL AND step = 'submit'",
+        "SET cancel_at = NULL\nWHERE status IN ('queued', 'running') AND cancel_at IS NOT NULL AND step = 'submit'",
+    ),
+    Mutant(
+        "adoption by version",
+        "queries.sql",
+        "  AND jobs.attempt = json_extract(row.value, '$.attempt')\n",
+        "  AND jobs.version = json_extract(row.value, '$.version')\n",
+    ),
+    Mutant(
+        "adoption of any attempt",
+        "queries.sql",
+        "  AND jobs.attempt = json_extract(row.value, '$.attempt')\n",
+        "",
+    ),
+    Mutant(
+        "an accepted run that lost is left running",
+        "saver.py",
+        "                self._keep_orphans([change])\n                self._orphans_due",
+        "                self._orphans_due",
+    ),
+    Mutant(
+        "an accepted run is stopped without a second look",
+        "saver.py",
+        "            if row is None or _is_superseded(row, change.job):\n",
+        "            if True:\n",
+    ),
+    Mutant(
+        "a 502 to /run is a refusal",
+        "runpod.py",
+        '    return IndeterminateError(\n        "runpod_bad_answer", f"RunPod gave no usable answer{said}."',
+        '    return TransientError(\n        "runpod_bad_answer", f"RunPod gave no usable answer{said}."',
+    ),
+    Mutant(
+        "an early 404 is believed",
+        "steps.py",
+        " < NOT_INDEXED_YET:\n",
+        " < timedelta(0):\n",
+    ),
+    Mutant(
+        "a worker's failure is bought again",
+        "retry.py",
+        "        return retryable and made < self.maximum",
+        "        return made < self.maximum",
+    ),
+    Mutant(
+        "attempts without end",
+        "retry.py",
+        "        return retryable and made < self.maximum",
+        "        return retryable",
+    ),
+    Mutant(
+        "an unknown word is the end",
+        "runpod.py",
+        "    return Verdict(status) if status in final else Verdict.UNFINISHED",
+        '    return Verdict(status) if status in final or status == "IN_QUEUE" or status == "IN_PROGRESS" and False'
+        ' else Verdict.UNFINISHED if status in ("IN_QUEUE", "IN_PROGRESS") else Verdict.FAILED',
+    ),
+    Mutant(
+        "a cancel wins over COMPLETED",
+        "steps.py",
+        "            case Verdict.COMPLETED:\n",
+        "            case Verdict.COMPLETED if job.cancel_at:\n"
+        "                return self._stopped(job, _cancelled(), seen)\n"
+        "            case Verdict.COMPLETED:\n",
+    ),
+    Mutant(
+        "cancelled without RunPod's word",
+        "steps.py",
+        "            case Verdict.UNFINISHED if why and self.deadlines.is_out_of_patience(job, now):",
+        "            case Verdict.UNFINISHED if why:",
+    ),
+    Mutant(
+        "no deadline for a run that waits",
+        "deadlines.py",
+        "        if runpod_status == IN_QUEUE and job.started_at is None and",
+        "        if False and",
+    ),
+    Mutant(
+        "holders are not counted",
+        "queries.sql",
+        " holds = holds + 1, updated_at = :now\nWHERE id IN (",
+        " updated_at = :now\nWHERE id IN (",
+    ),
+    Mutant(
+        "a save does not forget the holders",
+        "queries.sql",
+        "  holds = json_extract(row.value, '$.holds'),\n  outputs = json_extract(row.value, '$.outputs'),",
+        "  outputs = json_extract(row.value, '$.outputs'),",
+    ),
+    Mutant(
+        "a retry keeps the old result",
+        "jobs.py",
+        '        "outputs",\n        "links",\n        "warnings",\n        "error_code",',
+        '        "links",\n        "warnings",\n        "error_code",',
+    ),
+    Mutant(
+        "a retry keeps the old run",
+        "jobs.py",
+        '        "runpod_job_id",\n        "runpod_status",\n        "outputs",',
+        '        "runpod_status",\n        "outputs",',
+    ),
+    Mutant(
+        "a user's verb without a version",
+        "queries.sql",
+        "FROM json_each(:reopened) AS row\nWHERE jobs.id = json_extract(row.value, '$.id')\n"
+        "  AND jobs.version = json_extract(row.value, '$.version')\n",
+        "FROM json_each(:reopened) AS row\nWHERE jobs.id = json_extract(row.value, '$.id')\n",
+    ),
+    Mutant(
+        "RunPod is not needed any more, though it is",
+        "results.py",
+        "            complete=all(stem in settled or stem in kept for stem in stems),",
+        "            complete=True,",
+    ),
+    Mutant(
+        "the spool is never read",
+        "results.py",
+        "        if file and _is_spooled(file):\n            waiting.append((stem, Spooled(file)))\n        elif",
+        "        if",
+    ),
+    Mutant(
+        "a callback's token is not checked",
+        "webhooks.py",
+        "        if not genuine or not hmac",
+        "        if not genuine or False and not hmac",
+    ),
+    Mutant(
+        "a callback is believed without asking",
+        "steps.py",
+        "        if answer.verdict in (Verdict.NOT_FOUND, Verdict.CANCELLED):\n            return None\n",
+        "",
+    ),
+    Mutant(
+        "the second attempt overwrites the first one's picture",
+        "jobs.py",
+        '    folder = job.id if job.attempt <= 1 else f"{job.id}/{job.attempt}"\n',
+        "    folder = job.id\n",
+    ),
+    Mutant(
+        "a claim hides whose save won",
+        "queries.sql",
+        "SET claimer = :nonce, due_at = :poll_again_at,",
+        "SET claimer = :nonce, writer = :nonce, due_at = :poll_again_at,",
+    ),
+    Mutant(
+        "a redrive where nothing is left",
+        "steps.py",
+        "        return answer.verdict is Verdict.COMPLETED\n",
+        "        return True\n",
+    ),
+]
+
+
+def hunt() -> str:
+    """What catches the code that is here: a window, a crash point, a seed; empty if nothing does."""
+    from tests.simulation.crashes import STORIES, single_kills, tell
+    from tests.simulation.scenario import run_seed
+    from tests.simulation.windows import WINDOWS, run_window
+
+    for name in WINDOWS:
+        try:
+            run_window(name)
+        except BaseException as error:  # a Violation, or the mutant's own crash
+            return f"window {name}: {_words(error)}"
+    for story in STORIES:
+        try:
+            for kills in single_kills(story):
+                tell(story, kills)
+        except BaseException as error:
+            return f"crash points of {story}: {_words(error)}"
+    for seed in range(SEEDS):
+        if violation := run_seed(seed).violation:
+            return f"seed {seed}: {violation.partition(': ')[2][:120]}"
+    return ""
+
+
+def _words(error: BaseException) -> str:
+    text = str(error).partition(": ")[2] or repr(error)
+    return text[:120].replace("\n", " ")
+
+
+def try_mutant(mutant: Mutant) -> tuple[str, float]:
+    """Apply it to a copy and hunt it; what caught it, and the seconds that took."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        shutil.copytree(ROOT / "chalicelib", copy / "chalicelib", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("tests", "tools", "schema.sql"):
+            (copy / name).symlink_to(ROOT / name)
+        path = copy / "chalicelib" / mutant.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(mutant.old) != 1:
+            raise SystemExit(f"{mutant.name}: its text stands {text.count(mutant.old)} times in {mutant.file}")
+        path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        begun = time.monotonic()
+        code = "from tests.simulation.mutants import hunt; print(hunt())"
+        run = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, check=False)
+        lines = run.stdout.strip().splitlines()
+        return (lines[-1] if lines else run.stderr.strip()[-120:]), time.monotonic() - begun
+
+
+def main(names: list[str]) -> int:
+    """The command; the number of mutants that nothing caught."""
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    uncaught = 0
+    with ThreadPoolExecutor(2) as pool:
+        for mutant, (caught, seconds) in zip(chosen, pool.map(try_mutant, chosen), strict=True):
+            uncaught += not caught
+            print(f"{mutant.name:52} {seconds:5.1f} s  {caught or 'NOT CAUGHT'}", flush=True)
+    print(f"{len(chosen)} mutants, {len(chosen) - uncaught} caught")
+    return uncaught
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(sys.argv[1:])))
