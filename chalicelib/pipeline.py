@@ -197,9 +197,11 @@ class Pipeline:
         saved = self.saver.save([change], deadline)
         if saved.error:
             raise saved.error
-        for won in saved.won:
-            self._look_at(won.job, deadline)
-        return "adopted" if saved.won else "nothing to do"
+        won = next((one.job for one in saved.won if one.job.id == job.id), None)  # beside what was left over
+        if won is None:
+            return "nothing to do"
+        self._look_at(won, deadline)
+        return "adopted"
 
     def _look_at(self, job: Job, deadline: Deadline) -> Job:
         """The next steps of one job now; the job as it is then."""

@@ -312,11 +312,12 @@ WHERE id = :id AND status IN ('queued', 'running') AND step IN ('submitting', 'p
 
 
 -- name: log_asked_to_cancel
--- A second line of the version that it was asked at.
+-- A second line of the version that it was asked at. A repeat of this batch may find the job at a later one.
 INSERT INTO job_events (job_id, version, n, at, event, detail)
 SELECT id, version, 1, :now, 'cancel_asked', json_object('attempt', attempt)
 FROM jobs
 WHERE id = :id AND status IN ('queued', 'running') AND step IN ('submitting', 'poll') AND cancel_at = :now
+  AND NOT EXISTS (SELECT 1 FROM job_events WHERE job_id = :id AND event = 'cancel_asked' AND at = :now)
 ON CONFLICT DO NOTHING
 
 

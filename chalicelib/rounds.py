@@ -11,7 +11,7 @@ from datetime import timedelta
 from random import Random
 
 from chalicelib import jobs, log
-from chalicelib.errors import ServiceError, TransientError
+from chalicelib.errors import IllegalTransition, ServiceError, TransientError
 from chalicelib.jobs import FINAL, Change, Job, State, to_text
 from chalicelib.runpod import Answer
 from chalicelib.runtime import Clock, Crew, Deadline
@@ -172,8 +172,12 @@ class Round:
                     return self._submit(job)
                 case State.POLL:
                     return self._poll(job)
-                case _:
+                case State.STORE:
                     return self._store_result(job, answer)
+                case _:
+                    raise IllegalTransition(
+                        "illegal_transition", f"Job {job.id} is at {job.state}: no step of a round."
+                    )
         except TransientError as error:
             log.failed("no_answer", error, job_id=job.id)
             return Outcome(asked=True)

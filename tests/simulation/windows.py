@@ -921,6 +921,18 @@ def a_cancelled_run_that_is_lost_is_not_drawn_again(stage: Stage) -> None:
 
 
 @window()
+def a_cancel_that_is_repeated_is_told_once(stage: Stage) -> None:
+    job = stage.new(replace(QUIET, run_seconds=400.0))
+    stage.pass_time(5.0)
+    stage.next("d1", LOST)
+    with stage.trouble("/cancel/", NEVER_SENT):
+        stage.world.at(0.5, lambda: stage.round(wait=False, ignore_due=True))  # sees it in progress: a new version
+        stage.say("cancel", job)
+    stage.ends(job, "cancelled")
+    stage.expect(stage.timeline(job).count("cancel_asked") == 1, f"{stage.timeline(job)}")
+
+
+@window()
 def two_retries_at_once_are_one(stage: Stage) -> None:
     job = stage.new(replace(QUIET, verdict="FAILED"))
     stage.rounds(3)
@@ -1015,6 +1027,18 @@ def many_dead_letters_are_redriven_and_those_without_a_result_are_told(stage: St
 
 
 # Callbacks
+
+
+@window()
+def a_callback_adopts_its_run_beside_what_was_left_over(stage: Stage) -> None:
+    stage.next("/run", LOST)
+    job = stage.new()
+    stage.next("d1", LOST, LOST, LOST)
+    other = stage.new()  # written, and to be given back as never sent: that is owed to the table
+    stage.pass_time(30.0)
+    stage.expect(stage.tell(stage.runs(job)[0]) == "adopted", "it was not adopted")
+    stage.ends(job, "done")
+    stage.ends(other, "done")
 
 
 @window()
