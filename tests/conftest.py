@@ -19,8 +19,10 @@ import boto3
 import pytest
 import requests
 import responses
+from chalice.test import Client
 from moto import mock_aws
 
+import app
 from chalicelib import bootstrap, jobs, settings
 from chalicelib.bootstrap import Service
 from chalicelib.content import Content
@@ -43,6 +45,7 @@ os.environ["MOTO_S3_CUSTOM_ENDPOINTS"] = R2_ENDPOINT
 KEY = "test-key"
 KEY_HASH = "62af8704764faf8ea82fc61ce9c4c3908b6cb97d463a634e9e587d7c885db0ef"
 BUCKET = "ob-ai-results"
+AUTH = {"Authorization": f"Bearer {KEY}"}
 
 
 NOT_RUN = pytest.StashKey[dict[str, str]]()
@@ -157,6 +160,15 @@ def put(bucket: R2, key: str, data: bytes, *, seconds: float = 60.0) -> None:
     with new_content() as content:
         content.write(data)
         bucket.put(key, content, content_type="image/png", deadline=Deadline(Clock(), seconds))
+
+
+def call(client: Any, method: str, path: str, body: Any = None, *, headers: Any = None, auth: Any = AUTH) -> Any:
+    """One request to a route; its status, body and headers."""
+    raw = body if isinstance(body, (bytes, str)) else b"" if body is None else json.dumps(body).encode()
+    response = getattr(client.http, method.lower())(
+        path, headers={"Content-Type": "application/json", **auth, **(headers or {})}, body=raw
+    )
+    return response.status_code, json.loads(response.body), response.headers
 
 
 @pytest.fixture(autouse=True)
@@ -290,6 +302,18 @@ def bench(
 ) -> Bench:
     monkeypatch.setattr(R2, "_connect", lambda self: _r2_client)
     return Bench(bootstrap.build(settings.load(environment), clock), cloud, clock, faults, s3)
+
+
+@pytest.fixture
+def client(d1: D1, environment: dict[str, str], clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    """Chalice's own test client over the routes, with the service on the local cloud."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(bootstrap, "Clock", lambda: clock)
+    bootstrap.service.cache_clear()
+    with Client(app.app) as client:
+        yield client
+    bootstrap.service.cache_clear()
 
 
 @pytest.fixture

@@ -165,6 +165,9 @@ def _environment(options: argparse.Namespace, folder: Path) -> dict[str, str]:
     if "r2" in options.real and "d1" not in options.real and not given.get("R2_ENDPOINT_URL"):
         # Otherwise it would be made from the account id, which is the local D1's here.
         raise Problem("--real r2 without d1 needs R2_ENDPOINT_URL: https://<account id>.r2.cloudflarestorage.com")
+    if "runpod" not in options.real:
+        local["PUBLIC_BASE_URL"] = f"http://127.0.0.1:{options.port}"
+        local["WEBHOOK_SECRET"] = hashlib.sha256(f"webhook {_api_key(folder)}".encode()).hexdigest()
     hashes = given.get("API_KEY_HASHES", "")
     key_hash = hashlib.sha256(_api_key(folder).encode()).hexdigest()
     env = {
@@ -254,7 +257,7 @@ OB AI Studio is running ({real}).
   API key   {key}
   Data      {folder}
 
-Try it; the picture is done in about 20 seconds, without any further command:
+Try it; the picture is done in a few seconds, without any further command:
 
   curl -s {api}/api/queue/create -H 'Authorization: Bearer {key}' -d '{{"prompt":"{EXAMPLE_PROMPT}"}}'
 
@@ -272,7 +275,8 @@ def _say_how_to_go_on(folder: Path, env: dict[str, str], options: argparse.Names
     names = sorted(
         name
         for name in env
-        if name == "API_KEY_HASHES" or name.startswith(("RUNPOD_", "CLOUDFLARE_", "D1_", "R2_", "RESULT_"))
+        if name == "API_KEY_HASHES"
+        or name.startswith(("RUNPOD_", "CLOUDFLARE_", "D1_", "R2_", "RESULT_", "PUBLIC_", "WEBHOOK_"))
     )
     path = folder / "local.env"
     path.touch(mode=0o600)

@@ -9,40 +9,20 @@ import sys
 import pytest
 import requests
 from chalice.local import LambdaContext
-from chalice.test import Client
 
 import app
 from chalicelib import bootstrap
 from chalicelib.errors import REQUEST_STATUS
-from tests.conftest import BUCKET, KEY, R2_ENDPOINT, Bench
+from tests.conftest import BUCKET, KEY, R2_ENDPOINT, Bench, call
 from tools import schedule
 
-JSON = {"Content-Type": "application/json"}
-AUTH = {"Authorization": f"Bearer {KEY}"}
 RUN = r"POST .*/run$"
 D1 = r"POST .*/query$"
 
 
 @pytest.fixture
-def client(d1, environment, clock, monkeypatch):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(bootstrap, "Clock", lambda: clock)
-    bootstrap.service.cache_clear()
-    with Client(app.app) as client:
-        yield client
-    bootstrap.service.cache_clear()
-
-
-@pytest.fixture
 def bench(client, cloud, clock, faults, s3):
     return Bench(bootstrap.service(), cloud, clock, faults, s3)
-
-
-def call(client, method, path, body=None, *, headers=None, auth=AUTH):
-    raw = body if isinstance(body, (bytes, str)) else b"" if body is None else json.dumps(body).encode()
-    response = getattr(client.http, method.lower())(path, headers={**JSON, **auth, **(headers or {})}, body=raw)
-    return response.status_code, json.loads(response.body), response.headers
 
 
 def rows(cloud):
