@@ -48,7 +48,7 @@ BUCKET = "ob-ai-results"
 AUTH = {"Authorization": f"Bearer {KEY}"}
 
 
-NOT_RUN = pytest.StashKey[dict[str, str]]()
+NOT_RUN = "NOT RUN:"
 
 
 class FakeClock(Clock):
@@ -330,31 +330,29 @@ def cloud_server(tmp_path: Path) -> Iterator[CloudServer]:
     server.cloud.close()
 
 
-def _settings_of(
-    engine: str, start: Callable[[], AbstractContextManager[dict[str, str]]], config: pytest.Config
-) -> Iterator[dict[str, str]]:
+def _settings_of(engine: str, start: Callable[[], AbstractContextManager[dict[str, str]]]) -> Iterator[dict[str, str]]:
     if why := processes.why_missing(engine):
-        config.stash.setdefault(NOT_RUN, {})[engine] = why
-        pytest.skip(f"{processes.NAMES[engine]} was not run: {why}")
+        pytest.skip(f"{NOT_RUN} {processes.NAMES[engine]}: {why}")
     with start() as settings_there:
         yield settings_there
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Name the real engines whose tests were skipped."""
-    for engine, why in config.stash.get(NOT_RUN, {}).items():
-        terminalreporter.write_line(f"NOT RUN: {processes.NAMES[engine]}: {why}", yellow=True, bold=True)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the real engines whose tests were skipped, in whichever process."""
+    reasons = {report.longrepr[2].partition(": ")[2] for report in terminalreporter.stats.get("skipped", [])}
+    for reason in sorted(reason for reason in reasons if reason.startswith(NOT_RUN)):
+        terminalreporter.write_line(reason, yellow=True, bold=True)
 
 
 @pytest.fixture(scope="session")
-def _miniflare(pytestconfig: pytest.Config) -> Iterator[D1Engine]:
-    for there in _settings_of("miniflare", processes.miniflare, pytestconfig):
+def _miniflare() -> Iterator[D1Engine]:
+    for there in _settings_of("miniflare", processes.miniflare):
         yield D1Engine(there)
 
 
 @pytest.fixture(scope="session")
-def _seaweedfs(pytestconfig: pytest.Config) -> Iterator[S3Engine]:
-    for there in _settings_of("seaweedfs", processes.seaweedfs, pytestconfig):
+def _seaweedfs() -> Iterator[S3Engine]:
+    for there in _settings_of("seaweedfs", processes.seaweedfs):
         yield S3Engine(there)
 
 

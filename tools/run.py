@@ -25,6 +25,7 @@ from tools import processes
 
 READY_SECONDS = 30.0
 CLOUDS = {"runpod": ("RUNPOD_",), "d1": ("CLOUDFLARE_", "D1_"), "r2": ("R2_",)}
+FOR_CHALICE = ("RUNPOD_", "CLOUDFLARE_", "D1_", "R2_", "RESULT_", "PUBLIC_", "WEBHOOK_")  # settings of the local cloud
 EXAMPLE_PROMPT = "แมวสีส้มนั่งบนดวงจันทร์ - an orange cat on the moon"
 
 
@@ -272,12 +273,7 @@ Ctrl-C stops everything.
 
 
 def _say_how_to_go_on(folder: Path, env: dict[str, str], options: argparse.Namespace) -> None:
-    names = sorted(
-        name
-        for name in env
-        if name == "API_KEY_HASHES"
-        or name.startswith(("RUNPOD_", "CLOUDFLARE_", "D1_", "R2_", "RESULT_", "PUBLIC_", "WEBHOOK_"))
-    )
+    names = sorted(name for name in env if name == "API_KEY_HASHES" or name.startswith(FOR_CHALICE))
     path = folder / "local.env"
     path.touch(mode=0o600)
     path.write_text("".join(f"{name}='{env[name]}'\n" for name in names))

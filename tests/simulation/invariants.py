@@ -162,6 +162,7 @@ class Invariants:
         self.check(verb and asked[verb] > 0, f"{job_id} was {before}, and {sorted(changed)} changed without a user")
         if verb:
             asked[verb] -= 1
+            self._not_before.pop(job_id, None)  # a user may want it sooner than RunPod said
 
     def events(self, job_id: str) -> list[dict[str, Any]]:
         lines = self._world.clouds.execute(

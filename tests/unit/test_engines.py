@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,18 +14,12 @@ from tests.engines import processes
 ENGINES = Path(processes.__file__).parent
 
 
-class Config:
-    """As much of pytest's as the fixtures use."""
-
-    def __init__(self):
-        self.stash = pytest.Stash()
-
-
 class Reporter:
-    """Takes down what would be printed."""
+    """Takes down what would be printed after tests that were skipped for these reasons."""
 
-    def __init__(self):
+    def __init__(self, *reasons):
         self.lines = []
+        self.stats = {"skipped": [SimpleNamespace(longrepr=("file", 1, f"Skipped: {reason}")) for reason in reasons]}
 
     def write_line(self, line, **_):
         self.lines.append(line)
@@ -47,11 +42,11 @@ def test_an_engine_that_is_not_there_is_named_where_it_is_skipped_and_at_the_end
     if log is not None:
         (tmp_path / ".venv" / f"{engine}.log").write_text(log)
     monkeypatch.setattr(processes, "ROOT", tmp_path)
-    config, reporter = Config(), Reporter()
 
     with pytest.raises(pytest.skip.Exception, match=processes.NAMES[engine]) as skipped:
-        next(conftest._settings_of(engine, lambda: pytest.fail("was started"), config))
-    conftest.pytest_terminal_summary(reporter, config)
+        next(conftest._settings_of(engine, lambda: pytest.fail("was started")))
+    reporter = Reporter(skipped.value, skipped.value, "for another reason")
+    conftest.pytest_terminal_summary(reporter)
 
     (line,) = reporter.lines
     assert line.startswith(f"NOT RUN: {processes.NAMES[engine]}: ")
@@ -62,7 +57,7 @@ def test_an_engine_that_is_not_there_is_named_where_it_is_skipped_and_at_the_end
 def test_nothing_is_said_of_an_engine_that_ran():
     reporter = Reporter()
 
-    conftest.pytest_terminal_summary(reporter, Config())
+    conftest.pytest_terminal_summary(reporter)
 
     assert reporter.lines == []
 
