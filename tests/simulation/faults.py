@@ -66,6 +66,7 @@ class Fate:
     refused: bool = False  # nothing is sent, and that is known
     effect: bool = True  # whether the cloud gets it
     lost: bool = False  # whether its answer does not arrive
+    frozen: bool = False  # whether the process never gets further
     gives_up: float = 1e9  # after how long the caller sees that none comes, if not by its own time limit
     instead: tuple[int, dict[str, str], bytes] | None = None
 
@@ -137,6 +138,8 @@ class Faults:
             if part in line:
                 return self._told(service, fate)
         base = Fate(out=rng.uniform(0.005, 0.1), back=rng.uniform(0.005, 0.1))
+        if self.hits(rng, "lambda_time_limit", now):
+            return replace(base, frozen=True)
         if service in ("r2", "spool") and method == "PUT" and any(job in url for job in world.clouds.poison):
             self.count("poison_job")
             world.current().process.kill()

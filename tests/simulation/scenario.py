@@ -46,6 +46,7 @@ RATES = {
     "runpod_5xx": 0.2,
     "unknown_state": 0.2,
     "spool_down": 0.3,
+    "lambda_time_limit": 0.02,
 }
 WINDOWS = {"d1_stall": 80.0, "d1_lockout": 300.0, "r2_down": 4020.0}
 VERDICTS = {"timed_out": "TIMED_OUT", "worker_failed": "FAILED"}
@@ -89,7 +90,9 @@ class Scenario:
     def every_minute(self) -> None:
         """Ticks for ever, some twice, some not; when nothing is due for long, none."""
         rng, faults = self.world.rng, self.world.faults
-        if faults.hits(rng, "duplicate_tick", self.world.now):
+        if faults.within("no_schedule", self.world.now):
+            faults.count("duplicate_tick")
+        elif faults.hits(rng, "duplicate_tick", self.world.now):
             for _ in range(rng.choice([0, 2])):
                 self.tick()
         else:
@@ -247,6 +250,7 @@ def random_plan(rng: Random, faults: Faults) -> Plan:
         ["fine"] * 12
         + ["runpod_404_early", "runpod_404_lost", "timed_out", "worker_failed", "cancelled_outside", "no_output"]
         + ["scaled_to_zero", "runs_for_ever", "runpod_404_expired"]
+        + ["late_in_progress"]
     )
     if kind == "fine":
         return plan
@@ -266,6 +270,8 @@ def random_plan(rng: Random, faults: Faults) -> Plan:
             return replace(plan, run_seconds=1e9)
         case "runpod_404_expired":
             return replace(plan, run_seconds=1.0, queue_seconds=0.0, webhook=False)
+        case "late_in_progress":
+            return plan
     return replace(plan, verdict=VERDICTS[kind])
 
 
@@ -289,8 +295,9 @@ class RandomScenario(Scenario):
             world.at(rng.uniform(0.0, faults.until), lambda: self.old_row("old-row-1", status))
         if rng.random() < 0.1:
             world.at(rng.uniform(0.0, faults.until), self._change_endpoint)
-        if rng.random() < 0.15:  # nobody comes by until RunPod has forgotten what it had
-            faults.windows.append(("no_schedule", faults.until, faults.until + 2000.0))
+        if rng.random() < 0.1:  # nobody comes by until RunPod has forgotten what it had
+            begin = rng.uniform(0.0, faults.until)
+            faults.windows.append(("no_schedule", begin, begin + 2000.0))
 
     def _create(self) -> None:
         rng = self.world.rng
@@ -303,11 +310,13 @@ class RandomScenario(Scenario):
         self.create(done=done)
 
     def _plan(self, rng: Random, job_id: str, attempt: int) -> Plan:
+        before = self.world.faults.counted["late_in_progress"]
         plan = random_plan(rng, self.world.faults)
+        if self.world.faults.counted["late_in_progress"] > before:
+            self.world.faults.in_progress_for_ever.add((job_id, attempt))
         if START + timedelta(seconds=self.world.now) < datetime(2026, 2, 1, tzinfo=START.tzinfo):
-            self.world.faults.counted["month_boundary"] += (
-                self.world.now + plan.queue_seconds + plan.run_seconds > 300.0
-            )
+            if self.world.now + plan.queue_seconds + plan.run_seconds > 300.0:
+                self.world.faults.count("month_boundary")
         return plan
 
     def _user(self, verb: str) -> None:

@@ -1137,10 +1137,12 @@ def few_calls_are_left_and_the_callbacks_leave_them_to_the_rounds(stage: Stage) 
 def a_lambda_at_its_time_limit_is_killed_in_mid_upload(stage: Stage) -> None:
     job = stage.new()
     stage.pass_time(30.0)
-    with stage.trouble("r2 PUT", Fate(out=100.0)):
-        stage.world.invoke("schedule", lambda service: service.pipeline.run_round(Deadline(service.clock, 1000.0)))
-        with stage.trouble("r2 HEAD", Fate(out=100.0)):
-            stage.pass_time(70.0)
+    stage.next("r2 PUT", Fate(frozen=True))
+    process = stage.round(wait=False)
+    stage.pass_time(57.0)
+    stage.expect(process.alive, "it was killed before its time")
+    stage.pass_time(2.0)
+    stage.expect(not process.alive and stage.row(job)["step"] == "store", "it was not killed in the middle")
     stage.ends(job, "done")
 
 

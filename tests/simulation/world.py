@@ -296,7 +296,6 @@ class World:
 
         def time_is_up() -> None:
             if process.invocation is task and process.alive:
-                self.faults.count("lambda_time_limit")
                 process.kill()
 
         self.at(LAMBDA_SECONDS[kind], time_is_up)
@@ -325,6 +324,8 @@ class World:
         fate = self.faults.fate(self, service, method, url)
         if self.kill_at.get(number) == "before":
             self._die(process)
+        if fate.frozen:
+            self.sleep(1e9)
         try:
             if fate.refused:
                 self.sleep(0.01)
