@@ -201,10 +201,16 @@ def list_dead_letters(current: Service, request: Request) -> Answer:
 @_route()
 def redrive_dead_letters(current: Service, request: Request) -> Answer:
     """Store the results of many dead letters, as far as something is left of them."""
-    limit, code, dry_run = inputs.read_redrive(inputs.read_body(request, empty_is={}))
+    limit, after, code, dry_run = inputs.read_redrive(inputs.read_body(request, empty_is={}))
     deadline = Deadline(current.clock, REQUEST_SECONDS)
-    redriven, lost = current.pipeline.redrive_many(deadline, limit=limit, error_code=code, dry_run=dry_run)
-    return {"dry_run": dry_run, "redriven": [job.id for job in redriven], "lost": [job.id for job in lost]}
+    came = current.pipeline.redrive_many(deadline, limit=limit, after=after, error_code=code, dry_run=dry_run)
+    return {
+        "dry_run": dry_run,
+        "redriven": [job.id for job in came.redriven],
+        "lost": [job.id for job in came.lost],
+        "unknown": [job.id for job in came.unknown],
+        "next_cursor": inputs.make_cursor(came.last.dead_at, came.last.id) if came.last else None,
+    }
 
 
 @_route(keyless=True)
@@ -305,8 +311,8 @@ def _view(current: Service, job: Job) -> Answer:
 
 
 def _view_dead(current: Service, job: Job) -> Answer:
-    now = to_text(current.clock.now())
-    gone = job.left == "runpod" and (job.result_until or "") < now
+    gone = job.left == "runpod" and (job.result_until or "") < to_text(current.clock.now())
+    left = ("part" if job.kept else "nothing") if gone else job.left
     return {
         "id": job.id,
         "prompt": job.prompt,
@@ -318,7 +324,7 @@ def _view_dead(current: Service, job: Job) -> Answer:
         "completed_at": job.completed_at,
         "tries": job.failures,
         "stored": len(job.files),
-        "left": "nothing" if gone else job.left,
+        "left": left,
         "left_until": job.result_until if job.left == "runpod" and not gone else None,
     }
 

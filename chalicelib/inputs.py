@@ -146,11 +146,14 @@ def read_error_code(text: object) -> str | None:
     return text
 
 
-def read_redrive(body: dict[str, Any]) -> tuple[int, str | None, bool]:
-    """How many dead letters to redrive, of which code, and whether only to say which."""
+def read_redrive(body: dict[str, Any]) -> tuple[int, tuple[str, str], str | None, bool]:
+    """How many dead letters to redrive, after which, of which code, and whether only to say which."""
     limit, dry_run = body.get("limit", DEFAULT_LIMIT), body.get("dry_run", False)
     if type(limit) is not int or not 1 <= limit <= MAX_LIMIT:
         raise RequestError("limit_invalid", f"limit must be a whole number from 1 to {MAX_LIMIT}.")
     if not isinstance(dry_run, bool):
         raise RequestError("dry_run_invalid", "dry_run must be true or false.")
-    return limit, read_error_code(body.get("error_code")), dry_run
+    cursor = body.get("cursor")
+    if cursor is not None and not isinstance(cursor, str):
+        raise RequestError("cursor_invalid", "cursor must be a next_cursor of an earlier answer.")
+    return limit, read_cursor(cursor), read_error_code(body.get("error_code")), dry_run

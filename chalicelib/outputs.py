@@ -32,6 +32,7 @@ LEAST_CHARS_OF_NO_MEDIA = 1_000  # of base64 of something else; shorter ones are
 
 LINK = re.compile(r"https?://\S++", re.IGNORECASE)
 LINK_IN_TEXT = re.compile(r"https?://[^\s\"'<>()\[\]]++", re.IGNORECASE)
+SIGNED = re.compile(r"(https?://[^\s\"'<>?#]++)[?#][^\s\"'<>]++", re.IGNORECASE)
 BETWEEN_LINKS = re.compile(r"[\s,]++(?=https?://)", re.IGNORECASE)
 OTHER_SCHEME = re.compile(r"(?!data:|https?:)[a-z][a-z0-9+.-]++:/", re.IGNORECASE)
 WORKERS_DISK = ("/", "./", "simulated_uploaded/", "local_upload/")  # the last two are what RunPod's SDK says there
@@ -82,6 +83,11 @@ def excerpt(output: Any) -> str:
     except (ValueError, RecursionError):
         return ""
     return _clean(text[:MAX_REASON_CHARS])
+
+
+def without_signatures(text: str) -> str:
+    """The text with its links cut at their query: whoever has the signature in one can fetch the file."""
+    return SIGNED.sub(r"\1?…", text)
 
 
 class _Search:
@@ -250,6 +256,7 @@ def _nothing(output: Any) -> PermanentError:
 
 def _abridged(value: Any, depth: int) -> Any:
     if isinstance(value, str):
+        value = without_signatures(value[:1000]) + value[1000:]
         return value if len(value) <= 200 else f"{value[:60]}… ({len(value)} characters)"
     if not isinstance(value, (dict, list)):
         return value
@@ -274,7 +281,7 @@ def _reported_error(entry: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    return (value if isinstance(value, str) else excerpt(value))[:MAX_REASON_CHARS]
+    return without_signatures(value[:4000] if isinstance(value, str) else excerpt(value))[:MAX_REASON_CHARS]
 
 
 def _rank_of(file: Inline | Link, rank: Rank, name: str) -> Rank:

@@ -28,8 +28,19 @@ THREADS = 16  # that ask side by side
 
 CREATE_TIMEOUT = 8.0  # seconds
 VERB_TIMEOUT = 8.0  # seconds
+GROUP_CHARS = 400_000  # of what dead letters carry that are saved together
 CALLS_KEPT_FOR_ROUNDS = 100  # under this many D1 calls left, creating only queues: one call, not two
 CALLS_KEPT_FROM_WEBHOOKS = 300  # under this many, RunPod's callbacks leave the work to the rounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Redrive:
+    """Dead letters by what came of them: nothing is left of the `lost`, and of the `unknown` nobody says what is."""
+
+    redriven: list[Job]
+    lost: list[Job]
+    unknown: list[Job]
+    last: Job | None  # where the next ones begin, if there may be more
 
 
 @dataclass(kw_only=True)
@@ -133,31 +144,35 @@ class Pipeline:
             raise RequestError(
                 "not_dead", f"This job is {job.status}, and no dead letter; there is nothing to redrive."
             )
-        if not self.steps.has_result(job, timeout=deadline.cap(VERB_TIMEOUT)):
+        if not self.steps.has_result(job, deadline):
             raise RequestError(
                 "result_lost", "Nothing is left of this result: RunPod has forgotten it. A retry draws it again."
             )
         return self._reopen(jobs.redrive(job, now=self.clock.now()), deadline)
 
     def redrive_many(
-        self, deadline: Deadline, *, limit: int, error_code: str | None, dry_run: bool
-    ) -> tuple[list[Job], list[Job]]:
-        """
-        Redrive dead letters, newest first; those of which something is left, and those of which nothing is.
+        self, deadline: Deadline, *, limit: int, after: tuple[str, str], error_code: str | None, dry_run: bool
+    ) -> Redrive:
+        """Redrive dead letters, newest first, those after the given (dead_at, id). Raises what D1 raises."""
+        dead = self.store.dead_letters(
+            limit=limit, after=after, error_code=error_code, timeout=deadline.cap(VERB_TIMEOUT)
+        )
+        left = self._ask_what_is_left(dead, deadline)
+        redriven = [job for job in dead if left.get(job.id)]
+        if not dry_run:
+            redriven = self._redrive_all(redriven, deadline)
+        return Redrive(
+            redriven=redriven,
+            lost=[job for job in dead if left.get(job.id) is False],
+            unknown=[job for job in dead if job.id not in left],
+            last=dead[-1] if len(dead) == limit else None,
+        )
 
-        Raises what D1 raises, and TransientError where RunPod does not say of one of them what is left.
-        """
-        dead = self.store.dead_letters(limit=limit, error_code=error_code, timeout=deadline.cap(VERB_TIMEOUT))
-        left = self._with_result(dead, deadline)
-        redriven = [job for job in dead if job.id in left]
-        if redriven and not dry_run:
-            now = self.clock.now()
-            self._save_by_user([jobs.redrive(job, now=now) for job in redriven], deadline)
-        return redriven, [job for job in dead if job.id not in left]
+    def _ask_what_is_left(self, dead: list[Job], deadline: Deadline) -> dict[str, bool]:
+        """Whether something is left of each; those of which nobody says are missing."""
 
-    def _with_result(self, dead: list[Job], deadline: Deadline) -> set[str]:
         def ask(job: Job) -> tuple[str, bool]:
-            return job.id, self.steps.has_result(job, timeout=deadline.cap(VERB_TIMEOUT))
+            return job.id, self.steps.has_result(job, deadline)
 
         answers: list[object] = []
         with self.new_crew(THREADS) as crew:
@@ -165,10 +180,19 @@ class Pipeline:
                 crew.start(partial(ask, job))
             while crew.busy:
                 answers += crew.wait(1.0)
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return {answer[0] for answer in answers if isinstance(answer, tuple) and answer[1]}
+        return dict(answer for answer in answers if isinstance(answer, tuple))
+
+    def _redrive_all(self, dead: list[Job], deadline: Deadline) -> list[Job]:
+        """Save in groups that D1 takes; those that nobody else has changed meanwhile."""
+        now, won, group = self.clock.now(), set[str](), list[Change]()
+        for job in dead:
+            group.append(jobs.redrive(job, now=now))
+            if sum(len(change.job.outputs or "") + len(change.job.links or "") for change in group) > GROUP_CHARS:
+                won |= self._save_by_user(group, deadline).keys()
+                group = []
+        if group:
+            won |= self._save_by_user(group, deadline).keys()
+        return [job for job in dead if job.id in won]
 
     def webhook(self, job_id: str, attempt: str, token: str, body: bytes, deadline: Deadline) -> str:
         """
@@ -177,20 +201,28 @@ class Pipeline:
         It also names the run whose answer to /run was lost. Raises RequestError where it is not genuine.
         """
         number, run_id = self.webhooks.read(job_id, attempt, token, body)
-        calls_left = self.store.calls_left()
-        if calls_left is not None and calls_left < CALLS_KEPT_FROM_WEBHOOKS:
-            return "left to the next round"
+        calls_left = self._calls_left()
+        if calls_left < CALLS_KEPT_FOR_ROUNDS:  # RunPod repeats what it has no 2xx for
+            raise TransientError("webhook_later", "There are too few D1 calls left for this now; call again.")
         job = self._get(job_id, deadline)
-        if job.attempt != number or job.state not in (State.SUBMIT, State.SUBMITTING, State.POLL):
+        live = job.state in (State.SUBMIT, State.SUBMITTING, State.POLL)
+        if job.attempt != number or job.attempt <= job.attempt_base or not live:
             return "nothing to do"
         if job.state is not State.POLL:
             return self._adopt(job, run_id, deadline)
         if job.runpod_job_id != run_id:
             return "nothing to do"
+        if calls_left < CALLS_KEPT_FROM_WEBHOOKS:
+            return "left to the next round"
         self._look_at(job, deadline)
         return "looked at"
 
+    def _calls_left(self) -> float:
+        calls_left = self.store.calls_left()
+        return math.inf if calls_left is None else calls_left
+
     def _adopt(self, job: Job, run_id: str, deadline: Deadline) -> str:
+        # Nobody but this callback knows the run's id; the rounds could only send the job again.
         change = self.steps.adopt(job, run_id, deadline)
         if change is None:
             return "nothing to do"
@@ -200,7 +232,8 @@ class Pipeline:
         won = next((one.job for one in saved.won if one.job.id == job.id), None)  # beside what was left over
         if won is None:
             return "nothing to do"
-        self._look_at(won, deadline)
+        if self._calls_left() >= CALLS_KEPT_FROM_WEBHOOKS:
+            self._look_at(won, deadline)
         return "adopted"
 
     def _look_at(self, job: Job, deadline: Deadline) -> Job:
@@ -237,8 +270,7 @@ class Pipeline:
         return change
 
     def _may_send(self, deadline: Deadline) -> bool:
-        calls_left = self.store.calls_left()
-        if calls_left is not None and calls_left < CALLS_KEPT_FOR_ROUNDS:
+        if self._calls_left() < CALLS_KEPT_FOR_ROUNDS:
             return False
         # While D1 does not take outcomes it must not be owed another one, for a paid run.
         return self.saver.flush(deadline).error is None

@@ -194,7 +194,8 @@ SELECT
   created_at, updated_at, submitted_at, completed_at, cancel_at, runpod_status, queue_ms, execution_ms
 FROM jobs
 WHERE claimer = :nonce AND status IN ('queued', 'running') AND (step IN ('poll', 'store') OR (step = 'submitting' AND intent_version = version))
-ORDER BY created_at, id
+-- The + keeps SQLite from reading the whole table in the order of the index.
+ORDER BY +created_at, id
 
 
 -- name: record_accepted
@@ -211,6 +212,8 @@ SET
 FROM json_each(:accepted) AS row
 WHERE jobs.id = json_extract(row.value, '$.id')
   AND jobs.attempt = json_extract(row.value, '$.attempt')
+  -- A user's retry wants another run than any that was bought before it.
+  AND jobs.attempt > jobs.attempt_base
   AND jobs.runpod_job_id IS NULL
   AND jobs.step IN ('submit', 'submitting')
 
@@ -351,8 +354,8 @@ SELECT id, runpod_job_id, attempt, status FROM jobs WHERE id IN (SELECT value FR
 
 
 -- name: select_timeline
--- What happened to one job, oldest first.
-SELECT version, n, at, event, detail FROM job_events WHERE job_id = :id ORDER BY version, n LIMIT 500
+-- What happened to one job, the last of it first.
+SELECT version, n, at, event, detail FROM job_events WHERE job_id = :id ORDER BY version DESC, n DESC LIMIT 500
 
 
 -- name: list_jobs
@@ -383,7 +386,7 @@ LIMIT CAST(:limit AS INTEGER)
 -- Newest first, after the row that the cursor names; of one error_code where that is given.
 SELECT
   id, runpod_job_id, status, step, prompt, model, error_message, error_code, created_at, updated_at, version, attempt, failures, due_at,
-  runpod_status, endpoint_id, outputs, links, warnings, dead_at, submitted_at, completed_at, finished_at, result_until, queue_ms, execution_ms
+  runpod_status, endpoint_id, outputs, links, warnings, holds, attempt_base, cancel_at, started_at, deadline_at, dead_at, submitted_at, completed_at, finished_at, result_until, queue_ms, execution_ms
 FROM jobs
 WHERE dead_at IS NOT NULL AND (dead_at, id) < (:dead_at, :id) AND error_code = coalesce(:error_code, error_code)
 ORDER BY dead_at DESC, id DESC

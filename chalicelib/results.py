@@ -80,6 +80,7 @@ class Results:
         stems = [jobs.result_stem(job, number) for number in range(1, len(found.files) + 1)]
         problems: list[ServiceError] = list(found.problems)
         settled = {stem for stem, source in zip(stems, found.files, strict=True) if source is None}
+        failed: set[str] = set()
         unfinished = None
         for stem, source in _in_order(_waiting(kept, stems, found), job.failures):
             error = self._try(job, stem, source, kept, deadline)
@@ -87,9 +88,7 @@ class Results:
                 settled.add(stem)
             elif _is_final(error, job, age):
                 problems.append(error)
-                settled.add(stem)
-                if isinstance(source, Spooled):
-                    del kept[stem]
+                failed.add(stem)
             else:
                 unfinished = unfinished or error
                 # If it is R2, or the time, no file will fare better now, unless the spool takes it.
@@ -97,14 +96,21 @@ class Results:
                     break
         if not kept and not unfinished:
             raise PermanentError(problems[0].code, problems[0].sentence, service="result")
+        complete = all(stem in settled | failed or stem in kept for stem in stems)
+        if complete:  # else what is wrong with a file has to be found again, for it is not yet written down
+            settled |= failed
         links = [_link(stem, source, settled) for stem, source in zip(stems, found.files, strict=True)]
         return Kept(
             [kept[stem] for stem in stems if stem in kept],
             links,
             problems,
             unfinished,
-            complete=all(stem in settled or stem in kept for stem in stems),
+            complete,
         )
+
+    def has_spooled(self, job: Job, deadline: Deadline) -> bool:
+        """Whether the spool still has every file of the job that waits there. Raises TransientError."""
+        return self.spool is not None and all(self.spool.has(file["key"], deadline=deadline) for file in job.spooled)
 
     def _try(
         self, job: Job, stem: str, source: Source, kept: dict[str, File], deadline: Deadline
@@ -221,13 +227,13 @@ class Results:
 
 
 def from_row(job: Job) -> Findings:
-    """The files of an answer that is not needed, or not to be had, any more: those still missing are behind links."""
+    """The files of an answer that is not needed or not had any more: what is missing is behind links, or lost."""
     links: list[str | None] = json.loads(job.links or "[]")
-    warnings = json.loads(job.warnings or "[]")
-    return Findings(
-        tuple(Link(link) if link else None for link in links),
-        tuple(PermanentError(warning["code"], warning["reason"]) for warning in warnings),
-    )
+    kept = {jobs.stem_of(file["key"]) for file in job.kept}
+    lost = [n for n, link in enumerate(links, start=1) if link is None and jobs.result_stem(job, n) not in kept]
+    problems = [PermanentError(warning["code"], warning["reason"]) for warning in json.loads(job.warnings or "[]")]
+    problems += [PermanentError("result_lost", f"RunPod has forgotten file {n} before it was stored.") for n in lost]
+    return Findings(tuple(Link(link) if link else None for link in links), tuple(problems))
 
 
 def _waiting(kept: dict[str, File], stems: list[str], found: Findings) -> list[tuple[str, Source]]:

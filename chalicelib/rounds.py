@@ -100,16 +100,16 @@ class Round:
                 self._start(job)
         finally:
             self._collect()
-        if suspect is not None:
-            self._try_alone(suspect)
+        while suspect is not None:
+            suspect = self._try_alone(suspect)
         return self._report
 
-    def _try_alone(self, suspect: Job) -> None:
-        """Store what may have killed its holders, and those who worked beside them, when nobody is beside it."""
+    def _try_alone(self, suspect: Job) -> Job | None:
+        """Store what may have killed its holders, when nobody works beside it; the next one of these."""
         if self.deadline.left() < self._store_budget() + CLAIM_TIMEOUT:
-            return
+            return None
         try:
-            job = self.store.claim_suspect(
+            job, following = self.store.claim_suspect(
                 suspect,
                 nonce=new_nonce(self.rng),
                 now=self.clock.now(),
@@ -118,10 +118,11 @@ class Round:
             )
         except ServiceError as error:
             log.failed("suspect_not_claimed", error, job_id=suspect.id)
-            return
+            return None
         if job is not None:
             self._start(job)
             self._collect()
+        return following
 
     def run_for(self, jobs_at_hand: list[Job]) -> Report:
         """Take the next step of these jobs alone, which nobody has claimed: at `poll`, where a look does no harm."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from chalicelib.content import Content
-from chalicelib.errors import PermanentError, TransientError
+from chalicelib.errors import TransientError
 from chalicelib.r2 import CALL_SECONDS, CONNECT_TIMEOUT, PIECE_BYTES, READ_TIMEOUT, Body
 from chalicelib.runtime import Deadline
 
@@ -24,7 +24,7 @@ class Spool:
         self._making = threading.Lock()
 
     def put(self, key: str, content: Content, *, content_type: str, deadline: Deadline) -> None:
-        """Keep the file; S3 compares what arrives with the checksum. Raises TransientError or PermanentError."""
+        """Keep the file; S3 compares what arrives with the checksum. Raises TransientError."""
         self._call(
             "put_object",
             deadline,
@@ -40,7 +40,8 @@ class Spool:
         """
         A kept file as it comes.
 
-        Raises TransientError, also while it is read, and PermanentError `result_lost` where it is not there any more.
+        Raises TransientError, also while it is read; `spool_lost` where it is not there, which the wrong SPOOL_BUCKET
+        looks like too.
         """
         from botocore.exceptions import BotoCoreError
 
@@ -51,6 +52,16 @@ class Spool:
         except BotoCoreError as error:
             raise _failed("it broke off") from error
 
+    def has(self, key: str, *, deadline: Deadline) -> bool:
+        """Whether the file is there. Raises TransientError."""
+        try:
+            self._call("head_object", deadline, Key=f"spool/{key}")
+        except TransientError as error:
+            if error.code == "spool_lost":
+                return False
+            raise
+        return True
+
     def _call(self, operation: str, deadline: Deadline, **params: Any) -> Any:
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -60,10 +71,8 @@ class Spool:
             return getattr(self._s3(), operation)(Bucket=self._bucket, **params)
         except ClientError as error:
             code = error.response.get("Error", {}).get("Code", "")
-            if code == "NoSuchKey":
-                raise PermanentError(
-                    "result_lost", "The spool no longer has the file, so it cannot be stored.", service="spool"
-                ) from error
+            if code in ("NoSuchKey", "404"):  # the second of a HEAD, which has no body
+                raise TransientError("spool_lost", "The spool does not have the file.", service="spool") from error
             raise _failed(code) from error
         except (BotoCoreError, TimeoutError) as error:
             raise _failed("it did not answer") from error

@@ -22,6 +22,7 @@ STATUS_TIMEOUT = 8.0  # seconds for /status, whose answer may carry 20 MB
 CANCEL_TIMEOUT = 4.0  # seconds for /cancel
 SAVE_RESERVE = 2.0  # seconds of every deadline kept for the save
 
+UNKNOWN_ATTEMPTS = 3  # beyond MAX_ATTEMPTS, of which each may have been paid without our knowing it
 MAX_HOLDS = 5  # claims of a result without a save, at which it is not tried any more
 
 NOT_INDEXED_YET = timedelta(seconds=150)  # RunPod may not find a run that is younger than this
@@ -55,6 +56,8 @@ class Steps:
         """Begin the paid run whose intent is on disk; called at most once for each claim."""
         if deadlines.overdue(job, self.clock.now()):
             return jobs.fail(job, deadlines.too_late(), now=self.clock.now())
+        if job.attempt - job.attempt_base > self.attempts.maximum + UNKNOWN_ATTEMPTS:
+            return jobs.fail(job, _never_answered(), now=self.clock.now())
         timeout = deadline.cap(RUN_TIMEOUT, reserve=SAVE_RESERVE)
         try:
             run_id, status = self.runpod.run(
@@ -81,13 +84,23 @@ class Steps:
         try:
             answer = self._ask(job, deadline, reserve=SAVE_RESERVE)
         except TransientError:
-            if self.deadlines.is_past_hope(job, self.clock.now()):
+            if self._ends_unseen(job, deadline):
                 return self._stopped(job, deadlines.too_late(), {}), None
             raise
         why = self._why_to_stop(job, answer)
-        if why is not None:
-            answer = self._stop(job, answer, deadline)
-        return self._judge(job, answer, lease, why), answer
+        told = why is not None and self._tell_to_stop(job, deadline)
+        if told:
+            with contextlib.suppress(ServiceError):  # it may have been finished just before
+                answer = self._ask(job, deadline, reserve=SAVE_RESERVE)
+        return self._judge(job, answer, lease, why, told=told), answer
+
+    def _ends_unseen(self, job: Job, deadline: Deadline) -> bool:
+        """Whether the job ends though RunPod gives no status of its run; one that must stop is told so all the same."""
+        now = self.clock.now()
+        wanted = job.cancel_at is not None or deadlines.overdue(job, now)
+        told = wanted and self._tell_to_stop(job, deadline)
+        obeyed = told and job.cancel_at is not None and self.deadlines.is_out_of_patience(job, now)
+        return obeyed or self.deadlines.is_past_hope(job, now)
 
     def adopt(self, job: Job, run_id: str, deadline: Deadline) -> Change | None:
         """
@@ -108,7 +121,7 @@ class Steps:
             try:
                 answer = answer or self._ask_for_result(job, deadline)
             except ServiceError as error:
-                if error.code != "result_lost" or job.left != "links":
+                if not self._can_do_without(job, error):
                     return self.not_stored(job, error)
         try:
             found = outputs.read(answer.output) if answer else results.from_row(job)
@@ -123,10 +136,15 @@ class Steps:
         )
         if kept.error:
             # What does not need RunPod any more outlives its half hour, but no link's host is waited for so long.
-            if job.left == "spool" or (job.left == "links" and kept.error.service != "result"):
+            if job.spooled or (job.left == "links" and kept.error.service != "result"):
                 job = jobs.keep_for_a_day(job, now=self.clock.now())
             return self.not_stored(job, kept.error)
         return jobs.finish(job, problems=kept.problems, now=self.clock.now())
+
+    def _can_do_without(self, job: Job, error: ServiceError) -> bool:
+        """Whether the result, or what is left of it, can be stored though RunPod does not give it any more."""
+        forgotten = error.code == "result_lost"
+        return forgotten and (job.left == "links" or (bool(job.kept) and self._age_of_result(job) > jobs.RUNPOD_KEEPS))
 
     def not_stored(self, job: Job, error: ServiceError) -> Change:
         """The change for a result that could not be stored now: later again, or given up."""
@@ -147,12 +165,13 @@ class Steps:
             return jobs.bury(job, error, now=now)
         return jobs.fail(job, error, output=outputs.excerpt(answer.output), now=now)
 
-    def has_result(self, job: Job, *, timeout: float) -> bool:
-        """Whether something of a dead letter's result is left to be had. Raises TransientError if RunPod is silent."""
-        if job.left != "runpod":
+    def has_result(self, job: Job, deadline: Deadline) -> bool:
+        """Whether something of a dead letter's result is left to be had. Raises TransientError where nobody says."""
+        if job.files or (job.spooled and self.results.has_spooled(job, deadline)):
             return True
-        answer = self.runpod.status(self._endpoint(job), job.runpod_job_id or "", timeout=timeout)
-        return answer.verdict is Verdict.COMPLETED
+        if job.left == "links":
+            return True
+        return self._ask(job, deadline, reserve=SAVE_RESERVE).verdict is Verdict.COMPLETED
 
     def _why_to_stop(self, job: Job, answer: Answer) -> PermanentError | None:
         """Why an unfinished run must not go on: its user has cancelled it, or a deadline is over."""
@@ -162,13 +181,14 @@ class Steps:
             return _cancelled()
         return self.deadlines.overrun(job, answer.status, self.clock.now())
 
-    def _stop(self, job: Job, answer: Answer, deadline: Deadline) -> Answer:
-        """Stop the run at RunPod; what it is then, for it may have been finished just before."""
-        with contextlib.suppress(ServiceError):  # the next round tries again
-            timeout = deadline.cap(CANCEL_TIMEOUT, reserve=SAVE_RESERVE)
+    def _tell_to_stop(self, job: Job, deadline: Deadline) -> bool:
+        """Stop the run at RunPod; whether RunPod has heard it. If not, the next round tries again."""
+        timeout = deadline.cap(CANCEL_TIMEOUT, reserve=SAVE_RESERVE)
+        try:
             self.runpod.cancel(self._endpoint(job), job.runpod_job_id or "", timeout=timeout)
-            return self._ask(job, deadline, reserve=SAVE_RESERVE)
-        return answer
+        except ServiceError:
+            return False
+        return True
 
     def _stopped(self, job: Job, why: PermanentError, seen: dict[str, Any]) -> Change:
         if job.cancel_at:
@@ -182,15 +202,20 @@ class Steps:
         timeout = deadline.cap(STATUS_TIMEOUT, reserve=reserve)
         return self.runpod.status(self._endpoint(job), job.runpod_job_id or "", timeout=timeout)
 
-    def _judge(self, job: Job, answer: Answer, lease: float, why: PermanentError | None) -> Change | None:
-        """The change for what RunPod says; `why` it was told to stop the run, if it was."""
+    def _judge(
+        self, job: Job, answer: Answer, lease: float, why: PermanentError | None, *, told: bool
+    ) -> Change | None:
+        """The change for what RunPod says; `why` the run must stop, if it must, and whether RunPod was `told`."""
         now = self.clock.now()
         seen = {"runpod_status": answer.status, "queue_ms": answer.queue_ms, "execution_ms": answer.execution_ms}
         match answer.verdict:
-            case Verdict.UNFINISHED if why and self.deadlines.is_out_of_patience(job, now):
+            case Verdict.UNFINISHED if why and told and self.deadlines.is_out_of_patience(job, now):
+                return self._stopped(job, why, seen)
+            case Verdict.UNFINISHED if why and self.deadlines.is_past_hope(job, now):
                 return self._stopped(job, why, seen)
             case Verdict.UNFINISHED:
-                return jobs.observe(job, runpod=seen, now=now) if answer.status != job.runpod_status else None
+                begun = answer.status != jobs.IN_QUEUE and job.started_at is None
+                return jobs.observe(job, runpod=seen, now=now) if begun or answer.status != job.runpod_status else None
             case Verdict.COMPLETED:
                 return jobs.complete(
                     job, lease_until=jobs.to_text(now + timedelta(seconds=lease)), runpod=seen, now=now
@@ -263,6 +288,14 @@ def _age(text: str, now: datetime) -> timedelta:
         return timedelta.max
 
 
+def _never_answered() -> PermanentError:
+    return PermanentError(
+        "submit_unknown",
+        "RunPod's answer was lost each time the job was sent, and each time it may have been drawn; this is the end.",
+        service="runpod",
+    )
+
+
 def _cancelled() -> PermanentError:
     return PermanentError("cancelled", "The job was cancelled.")
 
@@ -276,4 +309,5 @@ def _poison() -> PermanentError:
 
 
 def _said(code: str, sentence: str, reason: str) -> PermanentError:
+    reason = outputs.without_signatures(reason)
     return PermanentError(code, f"{sentence}: {reason}" if reason else f"{sentence}.", service="runpod")

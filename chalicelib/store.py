@@ -129,17 +129,23 @@ class Store:
         *_, claimed, suspects = self._d1.query(statements, timeout=timeout)
         return [Job.from_row(row) for row in claimed], Job.from_row(suspects[0]) if suspects else None
 
-    def claim_suspect(self, suspect: Job, *, nonce: str, now: datetime, lease: float, timeout: float) -> Job | None:
-        """Take the result that claim() has left; None where somebody else has it by now."""
+    def claim_suspect(
+        self, suspect: Job, *, nonce: str, now: datetime, lease: float, timeout: float
+    ) -> tuple[Job | None, Job | None]:
+        """
+        Take a result that claim() has left, None where somebody else has it by now; second comes the next one of these.
+        """
         values = {
             "id": suspect.id,
             "version": suspect.version,
             "nonce": nonce,
             "now": to_text(now),
             "lease_until": to_text(now + timedelta(seconds=lease)),
+            "suspect": SUSPECT,
         }
-        claimed = self._run(["claim_suspect", "select_claimed"], values, timeout=timeout)[-1]
-        return Job.from_row(claimed[0]) if claimed else None
+        names = ["claim_suspect", "select_claimed", "select_suspect"]
+        *_, claimed, suspects = self._run(names, values, timeout=timeout)
+        return (Job.from_row(claimed[0]) if claimed else None), Job.from_row(suspects[0]) if suspects else None
 
     def claim_one(
         self, job_id: str | None, *, nonce: str, now: datetime, timeout: float
@@ -229,9 +235,9 @@ class Store:
         return Job.from_row(rows[0]) if rows else None
 
     def get_with_timeline(self, job_id: str, *, timeout: float) -> tuple[Job | None, list[Row]]:
-        """One job, whole, and what happened to it, oldest first."""
+        """One job, whole, and what happened to it, oldest first; of very much the last 500 lines."""
         rows, timeline = self._run(["select_job", "select_timeline"], {"id": job_id}, timeout=timeout)
-        return (Job.from_row(rows[0]) if rows else None), timeline
+        return (Job.from_row(rows[0]) if rows else None), timeline[::-1]
 
     def newest(self, *, limit: int, after: tuple[str, str] = NEWEST, status: str | None, timeout: float) -> list[Job]:
         """Jobs newest first, those after the given (created_at, id)."""

@@ -3,7 +3,7 @@
 import pytest
 
 from chalicelib.content import IN_MEMORY_BYTES
-from chalicelib.errors import PermanentError, TransientError
+from chalicelib.errors import TransientError
 from chalicelib.runtime import Clock, Deadline
 from chalicelib.spool import Spool
 from tests.conftest import new_content
@@ -36,15 +36,17 @@ def test_what_is_kept_is_given_back(spool, seaweedfs, data):
 
     with spool.read(KEY, deadline=deadline()) as pieces:
         assert b"".join(pieces) == data
+    assert spool.has(KEY, deadline=deadline())
     head = seaweedfs.client.head_object(Bucket=seaweedfs.bucket, Key=f"spool/{KEY}")
     assert head["ContentType"] == "image/png"
 
 
-def test_what_was_never_kept_is_lost_for_good(spool):
-    with pytest.raises(PermanentError) as lost, spool.read(KEY, deadline=deadline()):
+def test_what_was_never_kept_is_not_found(spool):
+    with pytest.raises(TransientError) as lost, spool.read(KEY, deadline=deadline()):
         pass
 
-    assert lost.value.code == "result_lost"
+    assert lost.value.code == "spool_lost"
+    assert not spool.has(KEY, deadline=deadline())
 
 
 def test_no_call_is_begun_without_time_for_it(spool):

@@ -200,7 +200,7 @@ MUTANTS = [
     Mutant(
         "cancelled without RunPod's word",
         "steps.py",
-        "            case Verdict.UNFINISHED if why and self.deadlines.is_out_of_patience(job, now):",
+        "            case Verdict.UNFINISHED if why and told and self.deadlines.is_out_of_patience(job, now):",
         "            case Verdict.UNFINISHED if why:",
     ),
     Mutant(
@@ -243,8 +243,8 @@ MUTANTS = [
     Mutant(
         "RunPod is not needed any more, though it is",
         "results.py",
-        "            complete=all(stem in settled or stem in kept for stem in stems),",
-        "            complete=True,",
+        "        complete = all(stem in settled | failed or stem in kept for stem in stems)\n",
+        "        complete = True\n",
     ),
     Mutant(
         "the spool is never read",
@@ -277,9 +277,15 @@ MUTANTS = [
         "SET claimer = :nonce, writer = :nonce, due_at = :poll_again_at,",
     ),
     Mutant(
+        "an old run undoes a retry",
+        "queries.sql",
+        "  AND jobs.attempt > jobs.attempt_base\n",
+        "",
+    ),
+    Mutant(
         "a redrive where nothing is left",
         "steps.py",
-        "        return answer.verdict is Verdict.COMPLETED\n",
+        "        return self._ask(job, deadline, reserve=SAVE_RESERVE).verdict is Verdict.COMPLETED\n",
         "        return True\n",
     ),
 ]

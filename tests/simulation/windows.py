@@ -12,9 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from chalicelib.bootstrap import Service
-from chalicelib.errors import RequestError
+from chalicelib.errors import RequestError, TransientError
 from chalicelib.jobs import RUNPOD_KEEPS
 from chalicelib.runtime import Deadline
+from chalicelib.store import NEWEST
 from tests.simulation.clouds import Run
 from tests.simulation.faults import Fate, Faults, Plan
 from tests.simulation.scenario import ENVIRONMENT, Scenario
@@ -904,7 +905,7 @@ def a_cancel_while_it_is_stored_is_refused(stage: Stage) -> None:
 @window()
 def a_cancel_that_runpod_does_not_obey_ends_all_the_same(stage: Stage) -> None:
     job = stage.new(replace(QUIET, run_seconds=450.0))
-    with stage.trouble("/cancel/", Fate(effect=False, instead=(500, {}, b""))):
+    with stage.trouble("/cancel/", Fate(effect=False, instead=(200, {}, b"{}"))):
         stage.say("cancel", job)
         stage.world.faults.in_progress_for_ever.add((job, 1))
         stage.rounds(50)
@@ -930,6 +931,121 @@ def a_cancel_that_is_repeated_is_told_once(stage: Stage) -> None:
         stage.say("cancel", job)
     stage.ends(job, "cancelled")
     stage.expect(stage.timeline(job).count("cancel_asked") == 1, f"{stage.timeline(job)}")
+
+
+@window()
+def a_callback_that_comes_twice_does_not_undo_a_retry(stage: Stage) -> None:
+    job = stage.new(replace(QUIET, verdict="FAILED"))
+    stage.rounds(3)
+    with stage.trouble("/run", BUSY):
+        stage.say("retry", job)
+        stage.expect(stage.tell(stage.runs(job)[0]) == "nothing to do", "the old run was recorded again")
+        stage.rounds(2)
+        stage.expect(stage.tell(stage.runs(job)[0]) == "nothing to do", "the old run was recorded again")
+    stage.ends(job, "error", runs=2, code="worker_failed")
+
+
+@window()
+def a_save_that_is_repeated_does_not_undo_a_retry(stage: Stage) -> None:
+    stage.next("d1", Fate(), LOST, LOST, LOST)
+    job = stage.new(replace(QUIET, verdict="FAILED"))
+    owing = stage.world.processes[0]
+    owing.busy = True  # nobody invokes it for a while
+    stage.rounds(3)
+    with stage.trouble("/run", BUSY):
+        stage.say("retry", job)
+        owing.busy = False
+        for process in stage.world.processes:
+            process.busy = process is not owing and process.kind == "api"
+        stage.new()
+    stage.expect(stage.row(job)["runpod_job_id"] is None, "the old run was recorded again")
+    stage.ends(job, "error", runs=2, code="worker_failed")
+
+
+@window()
+def a_cancel_reaches_runpod_though_it_gives_no_status(stage: Stage) -> None:
+    job = stage.new(replace(QUIET, run_seconds=400.0))
+    stage.pass_time(5.0)
+    with stage.trouble("/status/", BAD_GATEWAY):
+        stage.say("cancel", job)
+        stage.expect(stage.runs(job)[0].cancelled is not None, "RunPod was not told")
+        stage.rounds(50)
+    stage.expect(stage.row(job)["status"] == "cancelled", "it goes on for ever")
+    stage.ends(job, "cancelled")
+
+
+@window()
+def a_deadline_counts_from_when_runpod_was_told(stage: Stage) -> None:
+    job = stage.new(replace(QUIET, queue_seconds=1e9))
+    stage.pass_time(1500.0)
+    stage.next("/cancel/", NEVER_SENT)
+    stage.round()
+    stage.expect(stage.row(job)["status"] == "running", "it has ended though RunPod was not told")
+    stage.ends(job, "error", code="start_deadline")
+    stage.expect(stage.runs(job)[0].cancelled is not None, "it still waits at RunPod")
+
+
+@window(SUBMIT_UNKNOWN_WAIT="60")
+def unknown_answers_do_not_buy_for_ever(stage: Stage) -> None:
+    with stage.trouble("/run", BAD_GATEWAY):
+        job = stage.new(replace(QUIET, run_seconds=400.0))
+        stage.rounds(100)
+    stage.ends(job, "error", runs=5, code="submit_unknown")
+
+
+@window(SPOOL_BUCKET="spool")
+def many_suspects_are_stored_one_after_the_other(stage: Stage) -> None:
+    jobs = [stage.new() for _ in range(12)]
+    stage.pass_time(30.0)
+    with stage.trouble("r2 PUT", Fate(out=30.0)):
+        for _ in range(3):
+            holder = stage.round(wait=False)
+            stage.pass_time(3.0)
+            holder.kill()
+            stage.pass_time(65.0)
+    held = [stage.row(job)["holds"] for job in jobs]
+    stage.expect(min(held) >= 2, f"they are not suspected: {held}")
+    stage.round()
+    stage.expect(all(stage.row(job)["status"] == "done" for job in jobs), "one round has not stored them all")
+    for job in jobs:
+        stage.ends(job, "done")
+
+
+@window(SPOOL_BUCKET="spool")
+def the_spool_does_not_find_a_file_for_a_while(stage: Stage) -> None:
+    job = stage.new(replace(QUIET, files=2))
+    stage.pass_time(30.0)
+    with stage.trouble("r2 ", Fate(refused=True)):
+        stage.rounds(4)
+    missing = Fate(effect=False, instead=(404, {}, b"<Error><Code>NoSuchKey</Code></Error>"))
+    with stage.trouble("spool GET", missing):
+        stage.rounds(20)
+    stage.ends(job, "done")
+    stage.expect(len(json.loads(stage.row(job)["outputs"])) == 2, "a file was given up")
+
+
+@window(SPOOL_BUCKET="spool")
+def one_file_is_in_the_spool_and_the_other_was_forgotten(stage: Stage) -> None:
+    job = stage.new(replace(QUIET, files=2))
+    stage.pass_time(30.0)
+    with stage.trouble("r2 ", Fate(refused=True)), stage.trouble("output-2", Fate(refused=True)):
+        stage.rounds(130)
+    stage.expect(stage.row(job)["status"] == "running", "what is in the spool was given up")
+    stage.ends(job, "done")
+    stage.expect(len(json.loads(stage.row(job)["outputs"])) == 1, "a file came from nowhere")
+    stage.expect("result_lost" in stage.world.invariants.events(job)[-1]["detail"], "the lost file is not told")
+
+
+@window()
+def what_is_wrong_with_a_file_is_told_though_another_took_long(stage: Stage) -> None:
+    job = stage.new(replace(QUIET, shape="link", files=2))
+    stage.pass_time(30.0)
+    html = Fate(instead=(200, {}, b"<html>no picture</html>" * 10))
+    with stage.trouble("/0.png", html):
+        with stage.trouble("r2 ", Fate(refused=True)):
+            stage.rounds(130)
+        stage.ends(job, "done")
+    stage.expect("unknown_type" in stage.world.invariants.events(job)[-1]["detail"], "the bad file is not told")
 
 
 @window()
@@ -1013,15 +1129,14 @@ def many_dead_letters_are_redriven_and_those_without_a_result_are_told(stage: St
 
     def redrive(service: Service) -> object:
         deadline = Deadline(service.clock, REQUEST_SECONDS)
-        return service.pipeline.redrive_many(deadline, limit=50, error_code=None, dry_run=False)
+        return service.pipeline.redrive_many(deadline, limit=50, after=NEWEST, error_code=None, dry_run=False)
 
     for job in late:
         stage.world.invariants.asked[job]["redrive"] += 1
-    redriven, gone = stage.step("api", redrive)
-    stage.expect({job.id for job in redriven} == set(late), f"redriven: {redriven}")
-    stage.expect([job.id for job in gone] == [lost], f"gone: {gone}")
-    again, _ = stage.step("api", redrive)
-    stage.expect(not again, "they were redriven twice")
+    came = stage.step("api", redrive)
+    stage.expect({job.id for job in came.redriven} == set(late), f"redriven: {came.redriven}")
+    stage.expect([job.id for job in came.lost] == [lost], f"gone: {came.lost}")
+    stage.expect(not stage.step("api", redrive).redriven, "they were redriven twice")
     for job in late:
         stage.ends(job, "done")
 
@@ -1129,7 +1244,20 @@ def few_calls_are_left_and_the_callbacks_leave_them_to_the_rounds(stage: Stage) 
     service.store._d1._calls_left = (299, stage.world.now + 60.0)
     calls = len(stage.world.trace)
     stage.expect(stage.tell(stage.runs(job)[0]) == "left to the next round", "it was not left")
-    stage.expect(len(stage.world.trace) == calls, "it made a call")
+    stage.expect(len(stage.world.trace) == calls + 1, "it made more than one call")
+    service.store._d1._calls_left = (99, stage.world.now + 60.0)
+    stage.expect(isinstance(stage.tell(stage.runs(job)[0]), TransientError), "it was not put off")
+    stage.ends(job, "done")
+
+
+@window()
+def a_lost_run_is_adopted_though_few_calls_are_left(stage: Stage) -> None:
+    stage.next("/run", LOST)
+    job = stage.new()
+    stage.pass_time(30.0)
+    service = next(process for process in stage.world.processes if process.kind == "api").service
+    service.store._d1._calls_left = (299, stage.world.now + 60.0)
+    stage.expect(stage.tell(stage.runs(job)[0]) == "adopted", "it is sent again")
     stage.ends(job, "done")
 
 

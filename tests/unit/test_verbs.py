@@ -240,6 +240,7 @@ def test_many_are_redriven_at_once_and_only_once(client, bench, no_r2):
     def redrive(**wish):
         status, body, _ = call(client, "POST", "/api/dead-letters/redrive", wish)
         assert status == 200
+        assert body["unknown"] == []
         return sorted(body["redriven"]), body["lost"]
 
     assert redrive(dry_run=True) == (sorted(dead), [])
@@ -334,16 +335,19 @@ def test_after_a_failure_r2_is_left_alone_for_a_while(bench, no_r2, spool, monke
     assert len(spool()) == len(jobs)
 
 
-def test_a_file_that_the_spool_has_lost_is_told_and_cannot_be_redriven_twice(client, bench, no_r2, spool, s3):
+def test_what_the_spool_has_lost_is_a_dead_letter_after_a_day_and_then_gone(client, bench, no_r2, spool, s3):
     job_id = bench.create("a cat")
     bench.round()
     for key in spool():
         s3.delete_object(Bucket="spool", Key=key)
 
     bench.round(after=60)
+    assert bench.job(job_id).status == "running"
+    bench.round(after=86_400)
 
     job = bench.job(job_id)
-    assert (job.status, job.error_code, job.dead_at is not None) == ("error", "result_lost", True)
+    assert (job.status, job.error_code, job.dead_at is not None) == ("error", "spool_lost", True)
+    assert verb(client, "redrive", job_id) == (410, "result_lost")
 
 
 def test_a_damaged_file_in_the_spool_is_not_stored(bench, no_r2, spool, s3):
