@@ -87,7 +87,7 @@ def excerpt(output: Any) -> str:
 
 def without_signatures(text: str) -> str:
     """The text with its links cut at their query: whoever has the signature in one can fetch the file."""
-    return SIGNED.sub(r"\1?…", text)
+    return SIGNED.sub(r"\1?…", text) if "://" in text else text
 
 
 class _Search:

@@ -309,5 +309,5 @@ def _poison() -> PermanentError:
 
 
 def _said(code: str, sentence: str, reason: str) -> PermanentError:
-    reason = outputs.without_signatures(reason)
+    reason = outputs.without_signatures(reason[: 2 * jobs.MAX_ERROR_CHARS])
     return PermanentError(code, f"{sentence}: {reason}" if reason else f"{sentence}.", service="runpod")

@@ -214,7 +214,7 @@ class Scenario:
 
 def random_faults(rng: Random) -> Faults:
     """What goes wrong in one seed: about a third of the classes, each with a rate of its own."""
-    faults = Faults(until=rng.uniform(120.0, 700.0), recycled=rng.choice([0.0, 0.0, 0.3]))
+    faults = Faults(until=rng.uniform(90.0, 450.0), recycled=rng.choice([0.0, 0.0, 0.3]))
     share = rng.choice([0.1, 0.3, 0.5])
     for name, highest in RATES.items():
         if rng.random() < share:

@@ -196,3 +196,17 @@ def decoded(file):
         return contents([file])
     except PermanentError as error:
         return error.code == "base64_invalid"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("see https://a.example/x.png?X-Amz-Signature=1&y=2 there", "see https://a.example/x.png?… there"),
+        ('{"u":"http://a/b#secret"}', '{"u":"http://a/b?…"}'),
+        ("what? no link", "what? no link"),
+        ("https://a.example/x.png", "https://a.example/x.png"),
+    ],
+)
+def test_a_link_is_shown_without_what_signs_it(text, shown):
+    assert outputs.without_signatures(text) == shown
+    assert shown.strip() in outputs.excerpt({"message": text}).replace('\\"', '"')
