@@ -11,7 +11,7 @@ from functools import partial
 from random import Random
 from uuid import UUID
 
-from chalicelib import jobs, log
+from chalicelib import jobs, log, moves
 from chalicelib.errors import IndeterminateError, PermanentError, RequestError, ServiceError, TransientError
 from chalicelib.jobs import FINAL, Change, Job, State
 from chalicelib.rounds import DoubtfulClaim, Report, Round
@@ -82,7 +82,7 @@ class Pipeline:
             self.store.create(job, nonce=new_nonce(self.rng), timeout=deadline.cap(CREATE_TIMEOUT))
         except IndeterminateError:
             if sending:  # the row may be there with its intent written, and nobody will send it
-                self.saver.keep([jobs.return_unsent(job, now=self.clock.now())])
+                self.saver.keep([moves.return_unsent(job, now=self.clock.now())])
             raise
         except PermanentError as error:
             if error.code == "d1_request_too_large":
@@ -131,7 +131,7 @@ class Pipeline:
         if job.state not in (State.ERROR, State.CANCELLED):
             raise RequestError("job_not_retryable", _why_not_retried(job))
         now = self.clock.now()
-        return self._reopen(jobs.retry_job(job, deadline_at=self.store.deadline_at(now), now=now), deadline)
+        return self._reopen(moves.retry_job(job, deadline_at=self.store.deadline_at(now), now=now), deadline)
 
     def redrive(self, job_id: str, deadline: Deadline) -> Job:
         """
@@ -148,7 +148,7 @@ class Pipeline:
             raise RequestError(
                 "result_lost", "Nothing is left of this result: RunPod has forgotten it. A retry draws it again."
             )
-        return self._reopen(jobs.redrive(job, now=self.clock.now()), deadline)
+        return self._reopen(moves.redrive(job, now=self.clock.now()), deadline)
 
     def redrive_many(
         self, deadline: Deadline, *, limit: int, after: tuple[str, str], error_code: str | None, dry_run: bool
@@ -186,7 +186,7 @@ class Pipeline:
         """Save in groups that D1 takes; those that nobody else has changed meanwhile."""
         now, won, group = self.clock.now(), set[str](), list[Change]()
         for job in dead:
-            group.append(jobs.redrive(job, now=now))
+            group.append(moves.redrive(job, now=now))
             if sum(len(change.job.outputs or "") + len(change.job.links or "") for change in group) > GROUP_CHARS:
                 won |= self._save_by_user(group, deadline).keys()
                 group = []

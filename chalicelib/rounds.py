@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from random import Random
 
-from chalicelib import jobs, log
+from chalicelib import log, moves
 from chalicelib.errors import IllegalTransition, ServiceError, TransientError
 from chalicelib.jobs import FINAL, Change, Job, State, to_text
 from chalicelib.runpod import Answer
@@ -119,6 +119,8 @@ class Round:
         except ServiceError as error:
             log.failed("suspect_not_claimed", error, job_id=suspect.id)
             return None
+        if job is not None and not self._leased(job):
+            return None
         if job is not None:
             self._start(job)
             self._collect()
@@ -194,7 +196,7 @@ class Round:
 
     def _submit(self, job: Job) -> Outcome:
         if self.deadline.left() < SUBMIT_BUDGET or self._saves_refused:
-            return Outcome(change=jobs.return_unsent(job, now=self.clock.now()))
+            return Outcome(change=moves.return_unsent(job, now=self.clock.now()))
         return Outcome(change=self.steps.submit(job, self.deadline))
 
     def _poll(self, job: Job) -> Outcome:
@@ -205,7 +207,7 @@ class Round:
 
     def _store_result(self, job: Job, answer: Answer | None) -> Outcome:
         if self.deadline.left() < self._store_budget():
-            return Outcome(change=jobs.put_back(job, now=self.clock.now()))
+            return Outcome(change=moves.put_back(job, now=self.clock.now()))
         return Outcome(change=self.steps.store(job, answer, self.deadline))
 
     def _store_budget(self) -> float:

@@ -4,7 +4,7 @@ import threading
 from dataclasses import dataclass, field, replace
 from random import Random
 
-from chalicelib import jobs, log
+from chalicelib import jobs, log, moves
 from chalicelib.errors import PermanentError, ServiceError, TransientError
 from chalicelib.jobs import FINAL, Change, Job
 from chalicelib.runpod import Runpod
@@ -156,7 +156,7 @@ class Saver:
         if change.accepted:
             self._cancel(change, deadline)
         reason = PermanentError("unsavable", f"What happened to this job could not be written down: {error.sentence}")
-        return self._batches([jobs.fail(change.before, reason, now=self._clock.now())])
+        return self._batches([moves.fail(change.before, reason, now=self._clock.now())])
 
     def _look_for_orphans(self, deadline: Deadline) -> None:
         """

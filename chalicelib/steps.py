@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
-from chalicelib import deadlines, jobs, outputs, results
+from chalicelib import deadlines, jobs, moves, outputs, results
 from chalicelib.deadlines import Deadlines
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.jobs import Change, Job
@@ -55,9 +55,9 @@ class Steps:
     def submit(self, job: Job, deadline: Deadline) -> Change:
         """Begin the paid run whose intent is on disk; called at most once for each claim."""
         if deadlines.overdue(job, self.clock.now()):
-            return jobs.fail(job, deadlines.too_late(), now=self.clock.now())
+            return moves.fail(job, deadlines.too_late(), now=self.clock.now())
         if job.attempt - job.attempt_base > self.attempts.maximum + UNKNOWN_ATTEMPTS:
-            return jobs.fail(job, _never_answered(), now=self.clock.now())
+            return moves.fail(job, _never_answered(), now=self.clock.now())
         timeout = deadline.cap(RUN_TIMEOUT, reserve=SAVE_RESERVE)
         try:
             run_id, status = self.runpod.run(
@@ -68,12 +68,12 @@ class Steps:
                 timeout=timeout,
             )
         except TransientError as error:
-            return jobs.give_back(job, error, now=self.clock.now(), rng=self.rng)
+            return moves.give_back(job, error, now=self.clock.now(), rng=self.rng)
         except IndeterminateError as error:
-            return jobs.doubt(job, error, now=self.clock.now())
+            return moves.doubt(job, error, now=self.clock.now())
         except PermanentError as error:
-            return jobs.fail(job, error, now=self.clock.now())
-        return jobs.accept(job, runpod_job_id=run_id, runpod_status=status, now=self.clock.now())
+            return moves.fail(job, error, now=self.clock.now())
+        return moves.accept(job, runpod_job_id=run_id, runpod_status=status, now=self.clock.now())
 
     def poll(self, job: Job, deadline: Deadline, *, lease: float) -> tuple[Change | None, Answer | None]:
         """
@@ -111,12 +111,12 @@ class Steps:
         answer = self.runpod.status(self._endpoint(job), run_id, timeout=timeout)
         if answer.verdict in (Verdict.NOT_FOUND, Verdict.CANCELLED):
             return None
-        return jobs.accept(job, runpod_job_id=run_id, runpod_status=answer.status, adopted=True, now=self.clock.now())
+        return moves.accept(job, runpod_job_id=run_id, runpod_status=answer.status, adopted=True, now=self.clock.now())
 
     def store(self, job: Job, answer: Answer | None, deadline: Deadline) -> Change:
         """Put the finished result into R2; without the answer of the poll RunPod is asked again."""
         if job.holds >= MAX_HOLDS:
-            return jobs.bury(job, _poison(), now=self.clock.now())
+            return moves.bury(job, _poison(), now=self.clock.now())
         if job.warnings is None:
             try:
                 answer = answer or self._ask_for_result(job, deadline)
@@ -128,7 +128,7 @@ class Steps:
             kept = self.results.keep(job, found, deadline.less(SAVE_RESERVE), age=self._age_of_result(job))
         except PermanentError as error:
             return self._never_stored(job, error, answer)
-        job = jobs.keep(
+        job = moves.keep(
             job,
             kept.files,
             links=kept.links,
@@ -137,9 +137,9 @@ class Steps:
         if kept.error:
             # What does not need RunPod any more outlives its half hour, but no link's host is waited for so long.
             if job.spooled or (job.left == "links" and kept.error.service != "result"):
-                job = jobs.keep_for_a_day(job, now=self.clock.now())
+                job = moves.keep_for_a_day(job, now=self.clock.now())
             return self.not_stored(job, kept.error)
-        return jobs.finish(job, problems=kept.problems, now=self.clock.now())
+        return moves.finish(job, problems=kept.problems, now=self.clock.now())
 
     def _can_do_without(self, job: Job, error: ServiceError) -> bool:
         """Whether the result, or what is left of it, can be stored though RunPod does not give it any more."""
@@ -153,17 +153,17 @@ class Steps:
             # Files that the worker's host or RunPod never gave take nothing from those that are there; what failed here
             # or in R2 can be mended.
             if job.files and not job.spooled and error.service in ("result", "runpod"):
-                return jobs.finish(job, problems=[error], now=now)
-            return jobs.bury(job, error, now=now)
-        return jobs.hold(job, error, now=now, rng=self.rng)
+                return moves.finish(job, problems=[error], now=now)
+            return moves.bury(job, error, now=now)
+        return moves.hold(job, error, now=now, rng=self.rng)
 
     def _never_stored(self, job: Job, error: PermanentError, answer: Answer | None) -> Change:
         now = self.clock.now()
         if job.files:  # of an earlier try, when RunPod's answer was still another
-            return jobs.finish(job, problems=[error], now=now)
+            return moves.finish(job, problems=[error], now=now)
         if answer is None:
-            return jobs.bury(job, error, now=now)
-        return jobs.fail(job, error, output=outputs.excerpt(answer.output), now=now)
+            return moves.bury(job, error, now=now)
+        return moves.fail(job, error, output=outputs.excerpt(answer.output), now=now)
 
     def has_result(self, job: Job, deadline: Deadline) -> bool:
         """Whether something of a dead letter's result is left to be had. Raises TransientError where nobody says."""
@@ -192,8 +192,8 @@ class Steps:
 
     def _stopped(self, job: Job, why: PermanentError, seen: dict[str, Any]) -> Change:
         if job.cancel_at:
-            return jobs.confirm_cancel(job, runpod=seen, now=self.clock.now())
-        return jobs.fail(job, why, runpod=seen, now=self.clock.now())
+            return moves.confirm_cancel(job, runpod=seen, now=self.clock.now())
+        return moves.fail(job, why, runpod=seen, now=self.clock.now())
 
     def _endpoint(self, job: Job) -> str:
         return job.endpoint_id or self.default_endpoint_id
@@ -215,22 +215,22 @@ class Steps:
                 return self._stopped(job, why, seen)
             case Verdict.UNFINISHED:
                 begun = answer.status != jobs.IN_QUEUE and job.started_at is None
-                return jobs.observe(job, runpod=seen, now=now) if begun or answer.status != job.runpod_status else None
+                return moves.observe(job, runpod=seen, now=now) if begun or answer.status != job.runpod_status else None
             case Verdict.COMPLETED:
-                return jobs.complete(
+                return moves.complete(
                     job, lease_until=jobs.to_text(now + timedelta(seconds=lease)), runpod=seen, now=now
                 )
             case Verdict.FAILED if EXECUTION_TIMEOUT.search(answer.error):
-                return jobs.fail(job, deadlines.took_too_long(self.deadlines.run), runpod=seen, now=now)
+                return moves.fail(job, deadlines.took_too_long(self.deadlines.run), runpod=seen, now=now)
             case Verdict.FAILED:
                 error = _said("worker_failed", "RunPod's worker failed", answer.error)
                 if self.attempts.allow(error.code, made=job.attempt - job.attempt_base) and not job.cancel_at:
-                    return jobs.rerun(job, error, runpod=seen, now=now)
-                return jobs.fail(job, error, runpod=seen, output=outputs.excerpt(answer.output), now=now)
+                    return moves.rerun(job, error, runpod=seen, now=now)
+                return moves.fail(job, error, runpod=seen, output=outputs.excerpt(answer.output), now=now)
             case Verdict.CANCELLED | Verdict.TIMED_OUT if job.cancel_at or why:
                 return self._stopped(job, why or _cancelled(), seen)
             case Verdict.CANCELLED:
-                return jobs.fail(
+                return moves.fail(
                     job,
                     _said("cancelled_outside", "The run was cancelled at RunPod, not here", ""),
                     runpod=seen,
@@ -251,8 +251,8 @@ class Steps:
     def _lost(self, job: Job, error: ServiceError, seen: dict[str, Any]) -> Change:
         now = self.clock.now()
         if self.attempts.allow(error.code, made=max(job.attempt, 1) - job.attempt_base):
-            return jobs.rerun(job, error, runpod=seen, now=now)
-        return jobs.fail(job, error, runpod=seen, now=now)
+            return moves.rerun(job, error, runpod=seen, now=now)
+        return moves.fail(job, error, runpod=seen, now=now)
 
     def _age_of_result(self, job: Job) -> timedelta:
         return _age(job.completed_at or job.updated_at, self.clock.now())
@@ -309,5 +309,5 @@ def _poison() -> PermanentError:
 
 
 def _said(code: str, sentence: str, reason: str) -> PermanentError:
-    reason = outputs.without_signatures(reason[: 2 * jobs.MAX_ERROR_CHARS])
+    reason = outputs.without_signatures(reason[: 2 * moves.MAX_ERROR_CHARS])
     return PermanentError(code, f"{sentence}: {reason}" if reason else f"{sentence}.", service="runpod")

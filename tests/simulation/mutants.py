@@ -104,7 +104,7 @@ MUTANTS = [
     ),
     Mutant(
         "RunPod's Retry-After is ignored",
-        "jobs.py",
+        "moves.py",
         "    wait = retry.seconds_to_wait(retry.SUBMIT, failures, rng=rng, retry_after=error.retry_after)\n",
         "    wait = retry.seconds_to_wait(retry.SUBMIT, failures, rng=rng)\n",
     ),
@@ -117,7 +117,7 @@ MUTANTS = [
     Mutant(
         "rows that are given back are forgotten",
         "rounds.py",
-        "            return Outcome(change=jobs.return_unsent(job, now=self.clock.now()))",
+        "            return Outcome(change=moves.return_unsent(job, now=self.clock.now()))",
         "            return Outcome()",
     ),
     Mutant(
@@ -223,13 +223,13 @@ MUTANTS = [
     ),
     Mutant(
         "a retry keeps the old result",
-        "jobs.py",
+        "moves.py",
         '        "outputs",\n        "links",\n        "warnings",\n        "error_code",',
         '        "links",\n        "warnings",\n        "error_code",',
     ),
     Mutant(
         "a retry keeps the old run",
-        "jobs.py",
+        "moves.py",
         '        "runpod_job_id",\n        "runpod_status",\n        "outputs",',
         '        "runpod_status",\n        "outputs",',
     ),

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from chalicelib import jobs
+from chalicelib import jobs, moves
 from chalicelib.errors import IllegalTransition, PermanentError, TransientError
 from chalicelib.jobs import FINAL, TRANSITIONS, Job, State, Status
 
@@ -14,20 +14,20 @@ WHY = TransientError("runpod_busy", "RunPod is busy.")
 RUNPOD = {"runpod_status": "COMPLETED", "queue_ms": 10, "execution_ms": 20}
 
 VERBS = {
-    "accept": lambda job: jobs.accept(job, runpod_job_id="run-9", runpod_status="IN_QUEUE", now=NOW),
-    "doubt": lambda job: jobs.doubt(job, WHY, now=NOW),
-    "give_back": lambda job: jobs.give_back(job, WHY, now=NOW, rng=Random(1)),
-    "observe": lambda job: jobs.observe(job, runpod=RUNPOD, now=NOW),
-    "complete": lambda job: jobs.complete(job, lease_until="2026-03-01T12:01:00.000Z", runpod=RUNPOD, now=NOW),
-    "rerun": lambda job: jobs.rerun(job, WHY, runpod=RUNPOD, now=NOW),
-    "hold": lambda job: jobs.hold(job, WHY, now=NOW, rng=Random(1)),
-    "finish": lambda job: jobs.finish(job, now=NOW),
-    "fail": lambda job: jobs.fail(job, WHY, now=NOW),
-    "bury": lambda job: jobs.bury(job, WHY, now=NOW),
-    "confirm_cancel": lambda job: jobs.confirm_cancel(job, runpod=RUNPOD, now=NOW),
-    "put_back": lambda job: jobs.put_back(job, now=NOW),
-    "retry": lambda job: jobs.retry_job(job, deadline_at="2026-03-02T12:00:00.000Z", now=NOW),
-    "redrive": lambda job: jobs.redrive(job, now=NOW),
+    "accept": lambda job: moves.accept(job, runpod_job_id="run-9", runpod_status="IN_QUEUE", now=NOW),
+    "doubt": lambda job: moves.doubt(job, WHY, now=NOW),
+    "give_back": lambda job: moves.give_back(job, WHY, now=NOW, rng=Random(1)),
+    "observe": lambda job: moves.observe(job, runpod=RUNPOD, now=NOW),
+    "complete": lambda job: moves.complete(job, lease_until="2026-03-01T12:01:00.000Z", runpod=RUNPOD, now=NOW),
+    "rerun": lambda job: moves.rerun(job, WHY, runpod=RUNPOD, now=NOW),
+    "hold": lambda job: moves.hold(job, WHY, now=NOW, rng=Random(1)),
+    "finish": lambda job: moves.finish(job, now=NOW),
+    "fail": lambda job: moves.fail(job, WHY, now=NOW),
+    "bury": lambda job: moves.bury(job, WHY, now=NOW),
+    "confirm_cancel": lambda job: moves.confirm_cancel(job, runpod=RUNPOD, now=NOW),
+    "put_back": lambda job: moves.put_back(job, now=NOW),
+    "retry": lambda job: moves.retry_job(job, deadline_at="2026-03-02T12:00:00.000Z", now=NOW),
+    "redrive": lambda job: moves.redrive(job, now=NOW),
 }
 MADE_IN_SQL = {"claim", "expire", "cancel"}
 
@@ -73,7 +73,7 @@ def test_only_acceptance_is_a_fact_that_no_version_guards(job_factory):
 def test_a_certain_refusal_gives_the_attempt_back_and_backs_off(job_factory):
     job = job_factory(State.SUBMITTING, attempt=2, failures=3)
 
-    change = jobs.give_back(job, WHY, now=NOW, rng=Random(1))
+    change = moves.give_back(job, WHY, now=NOW, rng=Random(1))
 
     assert change.job.attempt == 1
     assert change.job.failures == 4
@@ -85,13 +85,13 @@ def test_a_certain_refusal_gives_the_attempt_back_and_backs_off(job_factory):
 def test_retry_after_wins_over_the_schedule(job_factory):
     locked = TransientError("runpod_busy", "RunPod is busy.", retry_after=300)
 
-    change = jobs.give_back(job_factory(State.SUBMITTING), locked, now=NOW, rng=Random(1))
+    change = moves.give_back(job_factory(State.SUBMITTING), locked, now=NOW, rng=Random(1))
 
     assert timedelta(seconds=299.9) <= jobs.from_text(change.job.due_at) - NOW <= timedelta(seconds=301)
 
 
 def test_an_unsent_claim_counts_nothing(job_factory):
-    change = jobs.return_unsent(job_factory(State.SUBMITTING, attempt=1, failures=2), now=NOW)
+    change = moves.return_unsent(job_factory(State.SUBMITTING, attempt=1, failures=2), now=NOW)
 
     assert (change.job.attempt, change.job.failures) == (0, 2)
     assert change.job.due_at == jobs.to_text(NOW)
@@ -100,16 +100,16 @@ def test_an_unsent_claim_counts_nothing(job_factory):
 def test_an_unknown_answer_keeps_the_attempt_and_the_waiting_time(job_factory):
     job = job_factory(State.SUBMITTING, due_at="2026-03-01T12:10:00.000Z")
 
-    change = jobs.doubt(job, WHY, now=NOW)
+    change = moves.doubt(job, WHY, now=NOW)
 
     assert (change.job.attempt, change.job.due_at) == (job.attempt, job.due_at)
 
 
 def test_a_long_error_is_cut(job_factory):
-    change = jobs.fail(job_factory(), PermanentError("worker_failed", "x" * 10_000), now=NOW)
+    change = moves.fail(job_factory(), PermanentError("worker_failed", "x" * 10_000), now=NOW)
 
-    assert len(change.job.error_message) == jobs.MAX_ERROR_CHARS
-    assert len(change.detail["reason"]) == jobs.MAX_ERROR_CHARS
+    assert len(change.job.error_message) == moves.MAX_ERROR_CHARS
+    assert len(change.detail["reason"]) == moves.MAX_ERROR_CHARS
 
 
 @pytest.mark.parametrize(
@@ -144,13 +144,13 @@ def test_the_key_is_a_function_of_the_row_and_the_place_in_the_answer(attempt, n
 def test_a_store_that_comes_further_forgets_its_failures(job_factory):
     job = job_factory(State.STORE, failures=3)
 
-    spooled = jobs.keep(job, [{"key": "k.png", "spooled": True}], links=[None], problems=None)
-    further = jobs.keep(replace(spooled, failures=2), [{"key": "k.png"}], links=[None], problems=None)
+    spooled = moves.keep(job, [{"key": "k.png", "spooled": True}], links=[None], problems=None)
+    further = moves.keep(replace(spooled, failures=2), [{"key": "k.png"}], links=[None], problems=None)
 
     assert (spooled.failures, spooled.files) == (0, [])
     assert (further.failures, further.files) == (0, [{"key": "k.png"}])
-    assert jobs.keep(replace(further, failures=2), [{"key": "k.png"}], links=[None], problems=None).failures == 2
-    assert jobs.keep(job, [], links=[None], problems=None).failures == 3
+    assert moves.keep(replace(further, failures=2), [{"key": "k.png"}], links=[None], problems=None).failures == 2
+    assert moves.keep(job, [], links=[None], problems=None).failures == 3
 
 
 def test_the_default_payload_is_prompt_model_and_job_id():

@@ -13,7 +13,7 @@ LAYERS = [
     {"errors"},
     {"retry", "runtime", "settings", "connection", "boxes", "inline", "webhooks"},
     {"wire", "auth", "jobs", "content"},
-    {"media", "deadlines"},
+    {"media", "deadlines", "moves"},
     {"names"},
     {"d1", "runpod", "fetch", "r2", "outputs", "log"},
     {"store", "spool"},
@@ -61,7 +61,7 @@ def test_a_module_imports_only_from_below(name):
 
 @pytest.mark.parametrize("name", sorted(CLIENTS))
 def test_a_client_knows_no_job(name):
-    assert not imports(modules()[name]) & {"jobs", "store", "pipeline", "outputs", "media", "results"}
+    assert not imports(modules()[name]) & {"jobs", "store", "pipeline", "moves", "outputs", "media", "results"}
 
 
 def test_only_bootstrap_knows_all_and_only_the_edge_knows_bootstrap():

@@ -5,7 +5,7 @@ import threading
 import pytest
 import requests
 
-from chalicelib import bootstrap, jobs, media, settings
+from chalicelib import bootstrap, jobs, media, moves, settings
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.jobs import State
 from chalicelib.store import Limits
@@ -502,7 +502,7 @@ def test_when_one_batch_is_refused_those_behind_it_are_kept_too(bench, monkeypat
     saver = bench.service.pipeline.saver
     ids = [bench.create(f"cat {n}") for n in range(2)]
     held = [bench.job(job_id) for job_id in ids]
-    changes = [jobs.fail(job, PermanentError("worker_failed", "boom"), now=bench.clock.now()) for job in held]
+    changes = [moves.fail(job, PermanentError("worker_failed", "boom"), now=bench.clock.now()) for job in held]
     bench.faults.add(D1, LOST, times=3)
     assert isinstance(saver.save([changes[0]], bench.deadline()).error, IndeterminateError)
     bench.faults.add(D1, LOST, times=3)
@@ -533,8 +533,8 @@ def test_two_changes_of_one_job_are_not_saved_as_one(bench):
     late = bench.job(bench.create())
     orphan = bench.cloud.runpod._execute("SELECT id FROM runs")[0][0]
     saver, now = bench.service.pipeline.saver, bench.clock.now()
-    accepted = jobs.accept(late, runpod_job_id=orphan, runpod_status="IN_QUEUE", now=now)
-    refused = jobs.return_unsent(late, now=now)
+    accepted = moves.accept(late, runpod_job_id=orphan, runpod_status="IN_QUEUE", now=now)
+    refused = moves.return_unsent(late, now=now)
 
     won = saver.save([accepted, refused], bench.deadline()).won
 
@@ -607,7 +607,7 @@ def test_an_orphan_whose_cancel_fails_or_whose_row_cannot_be_read_is_looked_afte
     saver = bench.service.pipeline.saver
     recorded_runs = bench.service.store.recorded_runs
     bench.service.store.recorded_runs = lambda *_, **__: (_ for _ in ()).throw(TransientError("d1_timeout", "late"))
-    saver.save([jobs.accept(late, runpod_job_id=orphan, runpod_status="", now=bench.clock.now())], bench.deadline())
+    saver.save([moves.accept(late, runpod_job_id=orphan, runpod_status="", now=bench.clock.now())], bench.deadline())
     bench.service.store.recorded_runs = recorded_runs
     bench.faults.add(r"POST .*/cancel/", (500, ""))
 
@@ -624,7 +624,7 @@ def test_an_orphan_is_kept_while_its_row_has_no_run_yet(bench):
     orphan = bench.cloud.runpod._execute("SELECT id FROM runs")[0][0]
     bench.cloud.d1.execute("UPDATE jobs SET attempt = 2")  # another attempt is under way
     saver = bench.service.pipeline.saver
-    accepted = jobs.accept(late, runpod_job_id=orphan, runpod_status="", now=bench.clock.now())
+    accepted = moves.accept(late, runpod_job_id=orphan, runpod_status="", now=bench.clock.now())
     saver.save([accepted], bench.deadline())
     assert (saver.backlog, bench.cloud.runpod.find(orphan).cancelled_at) == (1, None)
 
@@ -799,7 +799,7 @@ def test_an_accepted_run_that_lost_its_place_is_cancelled(bench):
     orphan = bench.cloud.runpod._execute("SELECT id FROM runs ORDER BY rowid")[0][0]
     bench.cloud.runpod._execute("UPDATE runs SET created_at = ? WHERE id = ?", bench.clock.at.timestamp(), orphan)
 
-    accepted = jobs.accept(late, runpod_job_id=orphan, runpod_status="IN_QUEUE", now=bench.clock.now())
+    accepted = moves.accept(late, runpod_job_id=orphan, runpod_status="IN_QUEUE", now=bench.clock.now())
     assert bench.service.pipeline.saver.save([accepted], deadline).won == []
 
     assert bench.cloud.runpod.find(orphan).cancelled_at is not None
@@ -813,8 +813,8 @@ def test_a_late_acceptance_adopts_the_run_while_nothing_else_was_sent(bench):
     late = bench.job(job_id)
     (orphan,) = bench.cloud.runpod._execute("SELECT id FROM runs")
 
-    accepted = jobs.accept(late, runpod_job_id=orphan[0], runpod_status="IN_QUEUE", now=bench.clock.now())
-    stale = jobs.accept(
+    accepted = moves.accept(late, runpod_job_id=orphan[0], runpod_status="IN_QUEUE", now=bench.clock.now())
+    stale = moves.accept(
         late.__class__(**{**late.__dict__, "version": 99}),
         runpod_job_id=orphan[0],
         runpod_status="",

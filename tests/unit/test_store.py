@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from chalicelib import jobs
+from chalicelib import jobs, moves
 from chalicelib.jobs import State
 from chalicelib.store import Limits, Store
 
@@ -218,7 +218,7 @@ def test_a_claim_cannot_find_a_row_that_was_saved_since(insert, claim, store, cl
     (job,) = claim("n1")
     # Another round saves `completed`; the answer to our claim was lost and it is sent again.
     lease = jobs.to_text(clock.now() + timedelta(seconds=60))
-    save(store, clock, jobs.complete(job, lease_until=lease, runpod={"runpod_status": "COMPLETED"}, now=clock.now()))
+    save(store, clock, moves.complete(job, lease_until=lease, runpod={"runpod_status": "COMPLETED"}, now=clock.now()))
 
     assert claim("n1") == []
 
@@ -227,7 +227,7 @@ def test_a_claim_cannot_find_a_row_that_was_saved_since(insert, claim, store, cl
 
 
 def completed(job, clock, lease_until="2026-02-01T00:00:30.000Z"):
-    return jobs.complete(job, lease_until=lease_until, runpod={"runpod_status": "COMPLETED"}, now=clock.now())
+    return moves.complete(job, lease_until=lease_until, runpod={"runpod_status": "COMPLETED"}, now=clock.now())
 
 
 def test_a_save_bumps_the_version_and_writes_one_line(insert, claim, store, clock, table):
@@ -274,7 +274,7 @@ def test_a_final_row_is_not_changed_even_by_its_own_version(insert, store, clock
     insert(step="poll")
     table("UPDATE jobs SET status = 'done', step = NULL")  # by the earlier version, which counts no versions
 
-    assert save(store, clock, jobs.fail(job_factory(version=1), _error(), now=clock.now())) == {}
+    assert save(store, clock, moves.fail(job_factory(version=1), _error(), now=clock.now())) == {}
     assert one(table)["status"] == "done"
 
 
@@ -300,14 +300,14 @@ def test_integers_stay_integers(insert, claim, store, clock, table):
     (job,) = claim()
     runpod = {"runpod_status": "COMPLETED", "queue_ms": 12, "execution_ms": 34}
 
-    save(store, clock, jobs.complete(job, lease_until="x", runpod=runpod, now=clock.now()))
+    save(store, clock, moves.complete(job, lease_until="x", runpod=runpod, now=clock.now()))
 
     types = table("SELECT typeof(version) v, typeof(attempt) a, typeof(failures) f, typeof(queue_ms) q FROM jobs")
     assert types == [{"v": "integer", "a": "integer", "f": "integer", "q": "integer"}]
 
 
 def accepted(job, clock, run_id="run-9"):
-    return jobs.accept(job, runpod_job_id=run_id, runpod_status="IN_QUEUE", now=clock.now())
+    return moves.accept(job, runpod_job_id=run_id, runpod_status="IN_QUEUE", now=clock.now())
 
 
 def test_acceptance_is_saved_whatever_was_written_meanwhile(insert, claim, store, clock, table):
@@ -351,8 +351,8 @@ def test_one_save_carries_moves_of_every_kind(insert, claim, store, clock, table
         clock,
         accepted(held["job-1"], clock),
         completed(held["job-2"], clock),
-        jobs.finish(
-            jobs.keep(held["job-3"], [{"key": "k", "url": "u", "bytes": 1}], links=[None], problems=None),
+        moves.finish(
+            moves.keep(held["job-3"], [{"key": "k", "url": "u", "bytes": 1}], links=[None], problems=None),
             now=clock.now(),
         ),
     )
