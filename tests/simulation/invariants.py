@@ -205,8 +205,17 @@ class Invariants:
                 state in FINAL, f"{job_id} never ended: {state}, due {row['due_at']}, deadline {row['deadline_at']}"
             )
             self._check_timeline(job_id, row)
+            self.check(row["dead_at"] is None or self._has_excuse(), f"{job_id}: lost {row['error_code']} without need")
         self._check_orphans(rows)
         self._check_secrets()
+
+    def _has_excuse(self) -> bool:
+        """Whether a drawn picture may be a dead letter: R2 was down for too long, or its holders died, or none came."""
+        faults, spool = self._world.faults, self._world.config.spool_bucket
+        deaths = ("poison_job", "crash_before_effect", "crash_after_effect", "lambda_time_limit")
+        r2_was_down = faults.counted["r2_down"] and (not spool or faults.counted["spool_down"])
+        nobody_came = any(kind == "no_schedule" for kind, _, _ in faults.windows)
+        return bool(r2_was_down or nobody_came or any(faults.counted[name] for name in deaths) or not faults.rates)
 
     def _check_timeline(self, job_id: str, row: dict[str, Any]) -> None:
         events = self.events(job_id)
