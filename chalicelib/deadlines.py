@@ -1,7 +1,7 @@
 """How long a job may take: until a worker has it, at the worker, and in all. RunPod is told too."""
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from chalicelib import jobs
 from chalicelib.errors import PermanentError
@@ -10,6 +10,8 @@ from chalicelib.jobs import IN_QUEUE, Job
 # RunPod deletes a run without a word when its `ttl` is over, which looks like a run that it has lost; ours come first.
 TTL_MARGIN = 600  # seconds
 MAX_POLICY_SECONDS = 7 * 86_400  # RunPod's bound on both times
+
+NEVER = datetime(9998, 1, 1, tzinfo=UTC)
 
 # RunPod may not do as it is told, or not answer at all; so long after the deadline a job ends all the same.
 STOP_PATIENCE = timedelta(minutes=10)
@@ -32,36 +34,34 @@ class Deadlines:
         """Which deadline an unfinished run is over, as the error that the job ends with."""
         if overdue(job, now):
             return too_late()
-        if runpod_status == IN_QUEUE and job.started_at is None and self._end(job.submitted_at, self.start) < now:
+        if runpod_status == IN_QUEUE and job.started_at is None and _end(job.submitted_at, self.start) < now:
             return PermanentError(
                 "start_deadline",
                 f"No worker took the run within {_words(self.start)}, so it was cancelled; check the endpoint.",
             )
-        if job.started_at and self._end(job.started_at, self.run) < now:
+        if _end(job.started_at, self.run) < now:
             return took_too_long(self.run)
         return None
-
-    def is_past_hope(self, job: Job, now: datetime) -> bool:
-        """Whether RunPod has not answered for so long that nothing can be had of it any more."""
-        return bool(job.deadline_at) and jobs.from_text(job.deadline_at or "") + SILENCE_PATIENCE < now
 
     def is_out_of_patience(self, job: Job, now: datetime) -> bool:
         """Whether RunPod has been told to stop for so long that the job ends without its consent."""
         ends = [
-            self._end(job.cancel_at, 0),
-            self._end(job.deadline_at, 0),
-            self._end(job.started_at, self.run),
-            self._end(None if job.started_at else job.submitted_at, self.start),
+            _end(job.cancel_at),
+            _end(job.deadline_at),
+            _end(job.started_at, self.run),
+            _end(None if job.started_at else job.submitted_at, self.start),
         ]
         return min(ends) + STOP_PATIENCE < now
-
-    def _end(self, text: str | None, seconds: int) -> datetime:
-        return jobs.from_text(text) + timedelta(seconds=seconds) if text else jobs.NEVER
 
 
 def overdue(job: Job, now: datetime) -> bool:
     """Whether the job's time in all is over."""
-    return bool(job.deadline_at) and jobs.from_text(job.deadline_at or "") < now
+    return _end(job.deadline_at) < now
+
+
+def is_past_hope(job: Job, now: datetime) -> bool:
+    """Whether its time was over so long ago that nothing can be had of RunPod any more."""
+    return _end(job.deadline_at) + SILENCE_PATIENCE < now
 
 
 def too_late() -> PermanentError:
@@ -74,6 +74,11 @@ def took_too_long(seconds: int) -> PermanentError:
     return PermanentError(
         "run_deadline", f"The worker did not finish within {_words(seconds)}, so the run was cancelled."
     )
+
+
+def _end(text: str | None, seconds: int = 0) -> datetime:
+    """So long after that moment; never, where there is none."""
+    return jobs.from_text(text) + timedelta(seconds=seconds) if text else NEVER
 
 
 def _words(seconds: int) -> str:

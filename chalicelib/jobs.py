@@ -92,7 +92,6 @@ DEFAULT_MODEL = "qwen-image"
 IN_QUEUE = "IN_QUEUE"  # what RunPod says before a worker has begun
 
 RUNPOD_KEEPS = timedelta(minutes=30)  # a result, from the end of its run
-NEVER = datetime(9998, 1, 1, tzinfo=UTC)
 
 
 def to_text(moment: datetime) -> str:

@@ -17,6 +17,13 @@ from chalicelib.runtime import Deadline
 CACHE_CONTROL = "public, max-age=31536000, immutable"
 CONNECT_TIMEOUT = 2  # seconds
 READ_TIMEOUT = 5  # seconds of silence
+# What boto3 is told for any bucket: no tries of its own, which would not know our deadline.
+ONE_TRY: dict[str, Any] = {
+    "retries": {"mode": "standard", "total_max_attempts": 1},
+    "connect_timeout": CONNECT_TIMEOUT,
+    "read_timeout": READ_TIMEOUT,
+    "max_pool_connections": 32,
+}
 CALL_SECONDS = CONNECT_TIMEOUT + READ_TIMEOUT  # that a call may last which R2 does not answer
 PIECE_BYTES = 65_536
 MAX_KEY_BYTES = 1024
@@ -216,10 +223,7 @@ class R2:
                 # boto3's default checksums come as aws-chunked trailers, which R2 answers with 401 or 501.
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
-                retries={"mode": "standard", "total_max_attempts": 1},
-                connect_timeout=CONNECT_TIMEOUT,
-                read_timeout=READ_TIMEOUT,
-                max_pool_connections=32,
+                **ONE_TRY,
             ),
         )
         client.meta.events.register("before-send.s3", _drop_expect)

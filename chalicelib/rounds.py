@@ -119,9 +119,9 @@ class Round:
         except ServiceError as error:
             log.failed("suspect_not_claimed", error, job_id=suspect.id)
             return None
-        if job is not None and not self._leased(job):
-            return None
         if job is not None:
+            if not self._leased(job):  # it would be the next one again, and again
+                return None
             self._start(job)
             self._collect()
         return following

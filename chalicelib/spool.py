@@ -8,7 +8,7 @@ from typing import Any
 
 from chalicelib.content import Content
 from chalicelib.errors import TransientError
-from chalicelib.r2 import CALL_SECONDS, CONNECT_TIMEOUT, PIECE_BYTES, READ_TIMEOUT, Body
+from chalicelib.r2 import CALL_SECONDS, ONE_TRY, PIECE_BYTES, Body
 from chalicelib.runtime import Deadline
 
 
@@ -87,15 +87,7 @@ class Spool:
         import boto3
         from botocore.config import Config
 
-        return boto3.session.Session().client(
-            "s3",
-            config=Config(
-                retries={"mode": "standard", "total_max_attempts": 1},
-                connect_timeout=CONNECT_TIMEOUT,
-                read_timeout=READ_TIMEOUT,
-                max_pool_connections=32,
-            ),
-        )
+        return boto3.session.Session().client("s3", config=Config(**ONE_TRY))
 
 
 def _failed(why: str) -> TransientError:

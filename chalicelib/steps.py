@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any
@@ -26,9 +26,8 @@ UNKNOWN_ATTEMPTS = 3  # beyond MAX_ATTEMPTS, of which each may have been paid wi
 MAX_HOLDS = 5  # claims of a result without a save, at which it is not tried any more
 
 NOT_INDEXED_YET = timedelta(seconds=150)  # RunPod may not find a run that is younger than this
-LAST_WAIT = timedelta(
-    seconds=150
-)  # before a result is forgotten the last try is over; one more wait may take two minutes
+# So long before a result is forgotten its last try is over; one more wait may take two minutes.
+LAST_WAIT = timedelta(seconds=150)
 
 # How RunPod ends a run that is over `policy.executionTimeout`: as a FAILED one, not as TIMED_OUT.
 EXECUTION_TIMEOUT = re.compile(r"execution ?timeout exceeded", re.IGNORECASE)
@@ -99,16 +98,14 @@ class Steps:
         now = self.clock.now()
         wanted = job.cancel_at is not None or deadlines.overdue(job, now)
         told = wanted and self._tell_to_stop(job, deadline)
-        obeyed = told and job.cancel_at is not None and self.deadlines.is_out_of_patience(job, now)
-        return obeyed or self.deadlines.is_past_hope(job, now)
+        return self._waited_enough(job, now, told=told and job.cancel_at is not None)
 
     def adopt(self, job: Job, run_id: str, deadline: Deadline) -> Change | None:
         """
         The change for a run whose own callback names it, and whose answer to /run was lost; None where it is no run of
         ours that could still come to something. Raises TransientError where RunPod does not answer.
         """
-        timeout = deadline.cap(STATUS_TIMEOUT, reserve=SAVE_RESERVE)
-        answer = self.runpod.status(self._endpoint(job), run_id, timeout=timeout)
+        answer = self._ask(replace(job, runpod_job_id=run_id), deadline, reserve=SAVE_RESERVE)
         if answer.verdict in (Verdict.NOT_FOUND, Verdict.CANCELLED):
             return None
         return moves.accept(job, runpod_job_id=run_id, runpod_status=answer.status, adopted=True, now=self.clock.now())
@@ -190,8 +187,9 @@ class Steps:
             return False
         return True
 
-    def _stopped(self, job: Job, why: PermanentError, seen: dict[str, Any]) -> Change:
-        if job.cancel_at:
+    def _stopped(self, job: Job, why: PermanentError | None, seen: dict[str, Any]) -> Change:
+        """The end of a run that had to stop: its user's wish goes before a deadline."""
+        if job.cancel_at or why is None:
             return moves.confirm_cancel(job, runpod=seen, now=self.clock.now())
         return moves.fail(job, why, runpod=seen, now=self.clock.now())
 
@@ -209,9 +207,7 @@ class Steps:
         now = self.clock.now()
         seen = {"runpod_status": answer.status, "queue_ms": answer.queue_ms, "execution_ms": answer.execution_ms}
         match answer.verdict:
-            case Verdict.UNFINISHED if why and told and self.deadlines.is_out_of_patience(job, now):
-                return self._stopped(job, why, seen)
-            case Verdict.UNFINISHED if why and self.deadlines.is_past_hope(job, now):
+            case Verdict.UNFINISHED if why and self._waited_enough(job, now, told=told):
                 return self._stopped(job, why, seen)
             case Verdict.UNFINISHED:
                 begun = answer.status != jobs.IN_QUEUE and job.started_at is None
@@ -224,11 +220,9 @@ class Steps:
                 return moves.fail(job, deadlines.took_too_long(self.deadlines.run), runpod=seen, now=now)
             case Verdict.FAILED:
                 error = _said("worker_failed", "RunPod's worker failed", answer.error)
-                if self.attempts.allow(error.code, made=job.attempt - job.attempt_base) and not job.cancel_at:
-                    return moves.rerun(job, error, runpod=seen, now=now)
-                return moves.fail(job, error, runpod=seen, output=outputs.excerpt(answer.output), now=now)
+                return self._again_or_failed(job, error, seen, output=outputs.excerpt(answer.output))
             case Verdict.CANCELLED | Verdict.TIMED_OUT if job.cancel_at or why:
-                return self._stopped(job, why or _cancelled(), seen)
+                return self._stopped(job, why, seen)
             case Verdict.CANCELLED:
                 return moves.fail(
                     job,
@@ -237,7 +231,8 @@ class Steps:
                     now=now,
                 )
             case Verdict.TIMED_OUT:
-                return self._lost(job, _said("runpod_timed_out", "RunPod gave the run up", answer.error), seen)
+                error = _said("runpod_timed_out", "RunPod gave the run up", answer.error)
+                return self._again_or_failed(job, error, seen)
             case Verdict.NOT_FOUND:
                 return self._missing(job, why)
 
@@ -245,14 +240,20 @@ class Steps:
         if _age(job.submitted_at or job.updated_at, self.clock.now()) < NOT_INDEXED_YET:
             return None
         if job.cancel_at or why:
-            return self._stopped(job, why or _cancelled(), {})
-        return self._lost(job, _said("runpod_lost", "RunPod no longer knows the run, and its result is lost", ""), {})
+            return self._stopped(job, why, {})
+        error = _said("runpod_lost", "RunPod no longer knows the run, and its result is lost", "")
+        return self._again_or_failed(job, error, {})
 
-    def _lost(self, job: Job, error: ServiceError, seen: dict[str, Any]) -> Change:
+    def _again_or_failed(self, job: Job, error: PermanentError, seen: dict[str, Any], *, output: str = "") -> Change:
+        """One more attempt where the failure is worth one, and nobody wants the job to stop."""
         now = self.clock.now()
-        if self.attempts.allow(error.code, made=max(job.attempt, 1) - job.attempt_base):
+        if not job.cancel_at and self.attempts.allow(error.code, made=max(job.attempt, 1) - job.attempt_base):
             return moves.rerun(job, error, runpod=seen, now=now)
-        return moves.fail(job, error, runpod=seen, now=now)
+        return moves.fail(job, error, runpod=seen, output=output, now=now)
+
+    def _waited_enough(self, job: Job, now: datetime, *, told: bool) -> bool:
+        """Whether a job ends whose run must stop and does not: RunPod heard of it long ago, or never will."""
+        return (told and self.deadlines.is_out_of_patience(job, now)) or deadlines.is_past_hope(job, now)
 
     def _age_of_result(self, job: Job) -> timedelta:
         return _age(job.completed_at or job.updated_at, self.clock.now())

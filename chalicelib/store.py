@@ -58,9 +58,7 @@ SUSPECT = 3  # claims of a result without a save, from which on it is stored alo
 class Store:
     """The table; every method is one D1 call of at most `timeout` seconds and raises what D1.query raises."""
 
-    def __init__(
-        self, *, d1: D1, default_endpoint_id: str, submit_unknown_wait: float, total_deadline: float = 86_400
-    ) -> None:
+    def __init__(self, *, d1: D1, default_endpoint_id: str, submit_unknown_wait: float, total_deadline: float) -> None:
         self._d1 = d1
         self._endpoint_id = default_endpoint_id
         self._unknown_wait = timedelta(seconds=submit_unknown_wait)

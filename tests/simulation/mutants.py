@@ -200,7 +200,7 @@ MUTANTS = [
     Mutant(
         "cancelled without RunPod's word",
         "steps.py",
-        "            case Verdict.UNFINISHED if why and told and self.deadlines.is_out_of_patience(job, now):",
+        "            case Verdict.UNFINISHED if why and self._waited_enough(job, now, told=told):",
         "            case Verdict.UNFINISHED if why:",
     ),
     Mutant(

@@ -17,7 +17,7 @@ def d1_engine(each_d1_engine):
 
 @pytest.fixture
 def store(d1):
-    return Store(d1=d1, default_endpoint_id="endpoint-1", submit_unknown_wait=600)
+    return Store(d1=d1, default_endpoint_id="endpoint-1", submit_unknown_wait=600, total_deadline=86_400)
 
 
 @pytest.fixture
