@@ -7,6 +7,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from chalicelib import parameters
 from chalicelib.errors import SettingError
 
 MAX_DEADLINE = 7 * 86_400  # seconds
@@ -85,8 +86,10 @@ def _hosts(value: str) -> frozenset[str]:
     return hosts
 
 
-def _setting(about: str, parse: Callable[[str], Any] = _text, *, default: str | None = None) -> Any:
-    metadata = {"about": about, "parse": parse, "default": default}
+def _setting(
+    about: str, parse: Callable[[str], Any] = _text, *, default: str | None = None, secret: bool = False
+) -> Any:
+    metadata = {"about": about, "parse": parse, "default": default, "secret": secret}
     return field(metadata=metadata) if default is None else field(default=parse(default), metadata=metadata)
 
 
@@ -94,16 +97,16 @@ def _setting(about: str, parse: Callable[[str], Any] = _text, *, default: str | 
 class Settings:
     """Every setting; a field's environment variable is its name in capitals."""
 
-    runpod_api_key: str = _setting("RunPod API key")
+    runpod_api_key: str = _setting("RunPod API key", secret=True)
     runpod_endpoint_id: str = _setting("The serverless endpoint that draws", _name)
     runpod_api_base: str = _setting("RunPod's queue API", _url, default="https://api.runpod.ai/v2")
     cloudflare_account_id: str = _setting("Cloudflare account that has the D1 database and the R2 bucket", _name)
-    cloudflare_api_token: str = _setting("API token with D1 Write")
+    cloudflare_api_token: str = _setting("API token with D1 Write", secret=True)
     d1_database_id: str = _setting("Id of the D1 database", _name)
     cloudflare_api_base: str = _setting("Cloudflare's API", _url, default="https://api.cloudflare.com/client/v4")
     r2_bucket: str = _setting("Bucket for the pictures", _name, default="ob-ai-results")
     r2_access_key_id: str = _setting("Access key of an R2 token that may write the bucket")
-    r2_secret_access_key: str = _setting("Its secret")
+    r2_secret_access_key: str = _setting("Its secret", secret=True)
     r2_endpoint_url: str = _setting("R2's S3 endpoint; empty: made from the account id", _url_or_empty, default="")
     r2_public_base_url: str = _setting(
         "Where the bucket is public; result_url is this and the key. Empty: the bucket is private, and every answer "
@@ -151,6 +154,7 @@ class Settings:
         "A secret of 16 characters or more for the addresses that RunPod is given; empty: none are given",
         _secret,
         default="",
+        secret=True,
     )
     spool_bucket: str = _setting(
         "AWS S3 bucket where finished pictures wait while R2 fails; empty: they wait at RunPod, half an hour at most",
@@ -164,22 +168,66 @@ class Settings:
         return self.r2_endpoint_url or f"https://{self.cloudflare_account_id}.r2.cloudflarestorage.com"
 
 
+Texts = dict[Field[Any], str]
+
+SECRETS = frozenset(entry.name.upper() for entry in fields(Settings) if entry.metadata["secret"])
+
+
 def load(environ: Mapping[str, str] = os.environ, *, env_file: Path | None = None, only: str = "") -> Settings:
     """
     The settings from the environment and, outside Lambda, from the file, over which the environment wins.
 
-    With `only`, a regular expression, settings whose names it does not match may be missing; they are empty then.
-    Raises SettingError, whose sentence names the first setting that is missing or malformed.
+    A value `ssm:/name` is read from SSM Parameter Store. With `only`, a regular expression, settings whose names it
+    does not match are left alone, and are empty where they have no default. Raises SettingError, whose sentence names
+    the first setting that is missing or malformed, and as parameters.read() does.
     """
+    texts = _texts(given(environ, env_file=env_file), re.compile(only))
+    _require(texts)
+    values: dict[str, Any] = {entry.name: "" for entry in fields(Settings) if entry.default is MISSING}
+    return Settings(**{**values, **_parse(_read(texts))})
+
+
+def given(environ: Mapping[str, str] = os.environ, *, env_file: Path | None = None) -> dict[str, str]:
+    """What the environment and, outside Lambda, the file say, setting or not. Raises as read_env_file() does."""
     in_file = read_env_file(env_file or ENV_FILE) if "AWS_LAMBDA_FUNCTION_NAME" not in environ else {}
-    return Settings(**_parse({**in_file, **environ}, re.compile(only)))
+    return {**in_file, **environ}
 
 
-def _parse(given: Mapping[str, str], needed: re.Pattern[str]) -> dict[str, Any]:
-    texts = {entry: given.get(entry.name.upper(), "").strip() for entry in fields(Settings)}
-    missing = [entry for entry, text in texts.items() if not text and entry.default is MISSING]
-    _require([entry for entry in missing if needed.match(entry.name.upper())])
-    values: dict[str, Any] = {entry.name: "" for entry in missing}
+def check(values: Mapping[str, str]) -> None:
+    """Raises SettingError as load() does, as far as it can be told without asking SSM Parameter Store."""
+    texts = _texts(values, re.compile(""))
+    _require(texts)
+    _parse({entry: text for entry, text in texts.items() if not text.startswith(parameters.PREFIX)})
+
+
+def _texts(values: Mapping[str, str], wanted: re.Pattern[str]) -> Texts:
+    return {
+        entry: values.get(entry.name.upper(), "").strip()
+        for entry in fields(Settings)
+        if wanted.match(entry.name.upper())
+    }
+
+
+def _read(texts: Texts) -> Texts:
+    """The texts, with what SSM Parameter Store has in the place of what only names it."""
+    named = {
+        entry: text.removeprefix(parameters.PREFIX).strip()
+        for entry, text in texts.items()
+        if text.startswith(parameters.PREFIX)
+    }
+    found = parameters.read(named.values())
+    for entry, name in named.items():
+        if not found.get(name, "").strip():
+            raise SettingError(
+                "setting_missing",
+                f"Setting {entry.name.upper()} names the SSM parameter {name}, which is not there. Put it there, in "
+                "the account and region of the function.",
+            )
+    return {**texts, **{entry: found[name].strip() for entry, name in named.items()}}
+
+
+def _parse(texts: Texts) -> dict[str, Any]:
+    values = {}
     for entry, text in texts.items():
         try:
             if text:
@@ -190,7 +238,8 @@ def _parse(given: Mapping[str, str], needed: re.Pattern[str]) -> dict[str, Any]:
     return values
 
 
-def _require(missing: list[Field[Any]]) -> None:
+def _require(texts: Texts) -> None:
+    missing = [entry for entry, text in texts.items() if not text and entry.default is MISSING]
     if not missing:
         return
     named = " and ".join(f"{entry.name.upper()} ({entry.metadata['about']})" for entry in missing)

@@ -11,7 +11,8 @@ SERVICE = ROOT / "chalicelib"
 # From the ground up; a module may import only from those in lines above its own.
 LAYERS = [
     {"errors"},
-    {"retry", "runtime", "settings", "connection", "boxes", "inline", "webhooks"},
+    {"retry", "runtime", "parameters", "connection", "boxes", "inline", "webhooks"},
+    {"settings"},
     {"wire", "auth", "jobs", "content"},
     {"media", "deadlines", "moves"},
     {"names"},
@@ -25,7 +26,7 @@ LAYERS = [
     {"bootstrap", "inputs"},
     {"api"},
 ]
-CLIENTS = {"wire", "d1", "runpod", "fetch", "r2", "spool"}
+CLIENTS = {"wire", "d1", "runpod", "fetch", "r2", "spool", "parameters"}
 
 
 def imports(path):
