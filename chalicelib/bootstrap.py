@@ -7,6 +7,7 @@ from random import Random, SystemRandom
 
 from chalicelib import log, settings
 from chalicelib.connection import Resolve
+from chalicelib.credentials import Credential, Fresh
 from chalicelib.d1 import D1
 from chalicelib.deadlines import Deadlines
 from chalicelib.fetch import Fetch, Guard
@@ -40,7 +41,7 @@ class Service:
 def service() -> Service:
     """The service of this process, made on first use. Raises SettingError, and tries again the next time."""
     log.set_up()
-    return build(settings.load(), Clock())
+    return build(settings.load(), Clock(), load=settings.load)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +61,21 @@ def machine(clock: Clock) -> Machine:
     )
 
 
-def build(config: Settings, clock: Clock) -> Service:
-    """A service with these settings and this clock."""
-    return build_on(machine(clock), config)
+def build(config: Settings, clock: Clock, *, load: Callable[[], Settings] | None = None) -> Service:
+    """A service with these settings and this clock; keys that a cloud refuses are read again with `load`."""
+    return build_on(machine(clock), config, load=load)
 
 
-def build_on(given: Machine, config: Settings) -> Service:
+def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] | None = None) -> Service:
     """A service with these settings on this machine."""
     clock, rng, wire = given.clock, given.rng, given.new_wire(None)
-    d1 = make_d1(config, wire, clock, rng=rng)
-    runpod = Runpod(wire=wire, base_url=config.runpod_api_base, api_key=config.runpod_api_key)
+    fresh = Fresh(config, load or (lambda: config), clock)
+    d1 = make_d1(config, wire, clock, rng=rng, fresh=fresh)
+    runpod = Runpod(
+        wire=wire,
+        base_url=config.runpod_api_base,
+        api_key=Credential(config.runpod_api_key, lambda: fresh.get().runpod_api_key),
+    )
     store = Store(
         d1=d1,
         default_endpoint_id=config.runpod_endpoint_id,
@@ -81,8 +87,7 @@ def build_on(given: Machine, config: Settings) -> Service:
     bucket = R2(
         endpoint_url=config.r2_endpoint,
         bucket=config.r2_bucket,
-        access_key_id=config.r2_access_key_id,
-        secret_access_key=config.r2_secret_access_key,
+        keys=Credential(_r2_keys(config), lambda: _r2_keys(fresh.get())),
         public_base_url=config.r2_public_base_url,
     )
     webhooks = Webhooks(config.public_base_url, config.webhook_secret)
@@ -116,7 +121,13 @@ def build_on(given: Machine, config: Settings) -> Service:
     )
 
 
-def make_d1(config: Settings, wire: Wire, clock: Clock, *, rng: Random | None = None) -> D1:
+def _r2_keys(config: Settings) -> tuple[str, str]:
+    return config.r2_access_key_id, config.r2_secret_access_key
+
+
+def make_d1(
+    config: Settings, wire: Wire, clock: Clock, *, rng: Random | None = None, fresh: Fresh[Settings] | None = None
+) -> D1:
     """The D1 database that the settings name."""
     return D1(
         wire=wire,
@@ -125,5 +136,5 @@ def make_d1(config: Settings, wire: Wire, clock: Clock, *, rng: Random | None = 
         base_url=config.cloudflare_api_base,
         account_id=config.cloudflare_account_id,
         database_id=config.d1_database_id,
-        token=config.cloudflare_api_token,
+        token=Credential(config.cloudflare_api_token, (lambda: fresh.get().cloudflare_api_token) if fresh else None),
     )

@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 from chalicelib import retry
+from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.runtime import Clock, Deadline
 from chalicelib.wire import Reply, Wire
@@ -27,6 +28,8 @@ NOT_OUR_SQL = re.compile(
 )
 # What it says when a value of one row is at fault, so that a batch without that row would be taken.
 FAULT_OF_A_ROW = re.compile(r"SQLITE_CONSTRAINT|SQLITE_TOOBIG|string or blob too big|malformed JSON", re.IGNORECASE)
+READ_ONLY = re.compile(r"SQLITE_AUTH", re.IGNORECASE)
+LACKING = re.compile(r"no such (table|column): |has no column named", re.IGNORECASE)
 QUOTA = re.compile(r"exceeded D1's (free|daily)|daily row (read|write) limit", re.IGNORECASE)
 # A 429 of D1's own that was refused before it ran; other texts of it speak of a reset in the middle.
 NEVER_RAN = re.compile(r"queued for too long|overloaded|too many requests queued", re.IGNORECASE)
@@ -49,13 +52,21 @@ class D1:
     """
 
     def __init__(
-        self, *, wire: Wire, clock: Clock, rng: Random, base_url: str, account_id: str, database_id: str, token: str
+        self,
+        *,
+        wire: Wire,
+        clock: Clock,
+        rng: Random,
+        base_url: str,
+        account_id: str,
+        database_id: str,
+        token: Credential[str],
     ) -> None:
         self._wire = wire
         self._clock = clock
         self._rng = rng
         self._url = f"{base_url}/accounts/{account_id}/d1/database/{database_id}/query"
-        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self._token = token
         self._calls_left: tuple[int, float] | None = None
         self._locked_until = 0.0
 
@@ -93,11 +104,12 @@ class D1:
         locked_for = self._locked_until - self._clock.monotonic()
         if locked_for > 0:  # a call now would be refused, and might prolong it
             raise _rate_limited(locked_for)
-        reply = self._wire.exchange(
+        reply = self._wire.exchange_as(
+            self._token,
             "d1",
             "POST",
             self._url,
-            headers=self._headers,
+            headers={"Content-Type": "application/json"},
             body=body,
             timeout=deadline.cap(_one_try(deadline)),
             max_bytes=MAX_ANSWER_BYTES,
@@ -161,10 +173,12 @@ def _failure(reply: Reply, envelope: dict[str, Any]) -> ServiceError:
     said = f": {message}" if message else ""
     if reply.status == 429:
         return _overloaded(reply, first.get("code"), message)
-    if reply.status in (401, 403):
+    if first.get("code") == 7403:
         return PermanentError(
-            "d1_unauthorized", f"D1 refused the token or the account (HTTP {reply.status}{said}).", service="d1"
+            "d1_account", f"D1 does not let this token into this account (HTTP {reply.status}{said}).", service="d1"
         )
+    if reply.status in (401, 403):
+        return PermanentError("d1_unauthorized", f"D1 refused the token (HTTP {reply.status}{said}).", service="d1")
     if reply.status == 404:
         return PermanentError("d1_not_found", f"D1 does not know the database (HTTP 404{said}).", service="d1")
     if 400 <= reply.status < 500 and message:
@@ -195,5 +209,13 @@ def _refused(message: str) -> ServiceError:
         return TransientError("d1_overloaded", f"D1 is overloaded: {message}", service="d1")
     if NOT_OUR_SQL.search(message):
         return IndeterminateError("d1_internal", f"D1 failed inside: {message}", service="d1")
+    if READ_ONLY.search(message):
+        return PermanentError("d1_read_only", f"D1 lets this token only read: {message}", service="d1")
+    if LACKING.search(message):
+        return PermanentError(
+            "d1_schema",
+            f"The database lacks what the code needs ({message}); run `python -m tools.schema`.",
+            service="d1",
+        )
     code = "d1_row" if FAULT_OF_A_ROW.search(message) else "d1_sql"
     return PermanentError(code, f"D1 refused the statement: {message}", service="d1")

@@ -11,6 +11,7 @@ from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from chalicelib.content import SMALL_BYTES, Content
+from chalicelib.credentials import Credential
 from chalicelib.errors import PermanentError, ServiceError, TransientError
 from chalicelib.runtime import Deadline
 
@@ -27,6 +28,17 @@ ONE_TRY: dict[str, Any] = {
 CALL_SECONDS = CONNECT_TIMEOUT + READ_TIMEOUT  # that a call may last which R2 does not answer
 PIECE_BYTES = 65_536
 MAX_KEY_BYTES = 1024
+
+# https://developers.cloudflare.com/r2/api/error-codes/ ; a HEAD is refused without a word, only with its status
+REFUSALS = {
+    "NoSuchBucket": ("r2_no_bucket", "R2 does not know the bucket"),
+    "Unauthorized": ("r2_unauthorized", "R2 does not know the access key"),
+    "InvalidAccessKeyId": ("r2_unauthorized", "R2 does not know the access key"),
+    "SignatureDoesNotMatch": ("r2_signature", "R2 says that the secret is not that of the access key"),
+    "AccessDenied": ("r2_denied", "R2 does not let this token do that to the bucket"),
+    "RequestTimeTooSkewed": ("r2_clock", "R2 says that this machine's clock is wrong"),
+}
+CHECKSUM_REFUSALS = ("NotImplemented", "BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch")
 
 # A file over SMALL_BYTES goes up in parts, which R2 wants equal but for the last, and of 5 MiB at least. Only one such
 # file is under way at a time, so that one part is all the memory this takes.
@@ -56,17 +68,20 @@ class Body:
 
 
 class R2:
-    """One bucket. boto3 is imported and the client made on first use: most invocations store nothing."""
+    """
+    One bucket; its keys are the id and the secret of an R2 token. boto3 is imported and the client made on first use:
+    most invocations store nothing.
+    """
 
     def __init__(
-        self, *, endpoint_url: str, bucket: str, access_key_id: str, secret_access_key: str, public_base_url: str
+        self, *, endpoint_url: str, bucket: str, keys: Credential[tuple[str, str]], public_base_url: str
     ) -> None:
         self._endpoint_url = endpoint_url
         self._bucket = bucket
-        self._access_key_id = access_key_id
-        self._secret_access_key = secret_access_key
+        self._keys = keys
         self._public_base_url = public_base_url
         self._client: Any = None
+        self._made_with = keys.value
         self._making = threading.Lock()
 
     def put(self, key: str, content: Content, *, content_type: str, deadline: Deadline) -> None:
@@ -187,6 +202,17 @@ class R2:
             raise TransientError("r2_mismatch", "R2 holds another object than the one that was sent.", service="r2")
 
     def _call(self, operation: str, deadline: Deadline, **params: Any) -> Any:
+        keys = self._keys.value
+        try:
+            return self._call_once(operation, deadline, params)
+        except PermanentError:
+            if not self._keys.renew(keys):
+                raise
+            if "Body" in params:
+                params["Body"].seek(0)
+            return self._call_once(operation, deadline, params)
+
+    def _call_once(self, operation: str, deadline: Deadline, params: dict[str, Any]) -> Any:
         from botocore.exceptions import BotoCoreError, ClientError
 
         if deadline.left() < CALL_SECONDS:
@@ -202,7 +228,8 @@ class R2:
 
     def _s3(self) -> Any:
         with self._making:  # boto3's default session is not made for several threads at once
-            if self._client is None:
+            if self._client is None or self._made_with != self._keys.value:
+                self._made_with = self._keys.value
                 self._client = self._connect()
             return self._client
 
@@ -210,13 +237,14 @@ class R2:
         import boto3
         from botocore.config import Config
 
+        access_key_id, secret_access_key = self._made_with
         client = boto3.session.Session().client(
             "s3",
             endpoint_url=self._endpoint_url,
             region_name="auto",
             # In Lambda the environment holds the role's own keys and session token, which R2 would refuse.
-            aws_access_key_id=self._access_key_id,
-            aws_secret_access_key=self._secret_access_key,
+            aws_access_key_id=access_key_id,
+            aws_secret_access_key=secret_access_key,
             config=Config(
                 signature_version="s3v4",
                 s3={"addressing_style": "path"},
@@ -257,9 +285,8 @@ def _failure(response: dict[str, Any]) -> ServiceError:
     if code in ("404", "PreconditionFailed", "NoSuchUpload"):  # "404" is what a HEAD has, without a body
         return TransientError("r2_missing", f"What was to be read in R2 is not there now ({code}).", service="r2")
     if status in (401, 403, 404):
-        return PermanentError(
-            "r2_refused",
-            f"R2 refused the key or does not know the bucket ({code}); check the R2 settings.",
-            service="r2",
-        )
+        refused, sentence = REFUSALS.get(code, ("r2_refused", "R2 refused the key, or what it was to do with it"))
+        return PermanentError(refused, f"{sentence} ({code}); check the R2 settings.", service="r2")
+    if code in CHECKSUM_REFUSALS:
+        return TransientError("r2_checksum", f"R2 did not take the upload with its checksum ({code}).", service="r2")
     return TransientError("r2_failed", f"R2 did not do what it was asked ({code or status}).", service="r2")

@@ -7,12 +7,13 @@ from enum import StrEnum
 from typing import Any
 from urllib.parse import quote
 
+from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.wire import Reply, Wire
 
 MAX_ANSWER_BYTES = 32_000_000  # RunPod bounds a result at 20 MB
 FINAL_REFUSALS = (400, 413, 422)  # the payload is at fault; 400 is also how a body over 10 MiB is answered
-CERTAIN_REFUSALS = (401, 403, 404, 429)  # key, endpoint or rate: nothing was accepted, and it may be later
+UNAUTHORIZED = (401, 403)  # the key; as with an unknown endpoint (404) and 429, nothing was accepted, and may be later
 
 
 class Verdict(StrEnum):
@@ -42,10 +43,10 @@ class Answer:
 class Runpod:
     """One RunPod account; the endpoint is named in each call."""
 
-    def __init__(self, *, wire: Wire, base_url: str, api_key: str) -> None:
+    def __init__(self, *, wire: Wire, base_url: str, api_key: Credential[str]) -> None:
         self._wire = wire
         self._base_url = base_url
-        self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
+        self._api_key = api_key
 
     def run(
         self,
@@ -119,8 +120,15 @@ class Runpod:
     ) -> Reply:
         url = f"{self._base_url}/{quote(endpoint_id, safe='')}/{operation}"
         data = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        return self._wire.exchange(
-            "runpod", method, url, headers=self._headers, body=data, timeout=timeout, max_bytes=MAX_ANSWER_BYTES
+        return self._wire.exchange_as(
+            self._api_key,
+            "runpod",
+            method,
+            url,
+            headers={"Content-Type": "application/json"},
+            body=data,
+            timeout=timeout,
+            max_bytes=MAX_ANSWER_BYTES,
         )
 
 
@@ -136,10 +144,14 @@ def _refusal(reply: Reply) -> ServiceError:
             service="runpod",
             retry_after=reply.retry_after,
         )
-    if reply.status in CERTAIN_REFUSALS:
+    if reply.status in UNAUTHORIZED:
         return TransientError(
-            "runpod_rejected",
-            f"RunPod rejected the key or does not know the endpoint{said}; check the settings.",
+            "runpod_unauthorized", f"RunPod refused the key{said}; check RUNPOD_API_KEY.", service="runpod"
+        )
+    if reply.status == 404:
+        return TransientError(
+            "runpod_no_endpoint",
+            f"RunPod does not know the endpoint{said}; check RUNPOD_ENDPOINT_ID.",
             service="runpod",
         )
     return IndeterminateError(

@@ -18,6 +18,7 @@ from urllib3.exceptions import (
 )
 
 from chalicelib.connection import Resolve, Session, Watch, watched
+from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, TransientError
 from chalicelib.runtime import Clock
 
@@ -100,6 +101,25 @@ class Wire:
         """
         with self.open(service, method, url, headers=headers, body=body, timeout=timeout) as answer:
             return Reply(answer.status, answer.headers, _whole(answer, max_bytes))
+
+    def exchange_as(
+        self,
+        credential: Credential[str],
+        service: str,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        **how: Any,
+    ) -> Reply:
+        """Like exchange(), with the key as bearer; the request that is refused is repeated if there is a new key."""
+
+        def send(key: str) -> Reply:
+            return self.exchange(service, method, url, headers={**headers, "Authorization": f"Bearer {key}"}, **how)
+
+        key = credential.value
+        reply = send(key)
+        return send(credential.value) if reply.status in (401, 403) and credential.renew(key) else reply
 
     @contextlib.contextmanager
     def open(

@@ -26,6 +26,7 @@ import app
 from chalicelib import bootstrap, jobs, settings
 from chalicelib.bootstrap import Service
 from chalicelib.content import Content
+from chalicelib.credentials import Credential
 from chalicelib.d1 import D1
 from chalicelib.jobs import Job, State
 from chalicelib.r2 import R2
@@ -257,7 +258,7 @@ def _s3_client() -> Iterator[Any]:
 def _r2_client(_s3_client: Any) -> Any:
     """The client that the service makes for itself; made once, because that takes longer than most tests."""
     return R2(
-        endpoint_url=R2_ENDPOINT, bucket=BUCKET, access_key_id="key", secret_access_key="secret", public_base_url=""
+        endpoint_url=R2_ENDPOINT, bucket=BUCKET, keys=Credential(("key", "secret")), public_base_url=""
     )._connect()
 
 

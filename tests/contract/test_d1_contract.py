@@ -44,7 +44,7 @@ def numbers(run):
         ("INSERT INTO t VALUES ('b', -1)", "CHECK constraint failed", "d1_row"),
         ("SELECT value FROM json_each('{')", "malformed JSON", "d1_row"),
         ("SELECT abs(-9223372036854775808)", "integer overflow", "d1_sql"),
-        ("SELECT missing FROM t", "no such column: missing", "d1_sql"),
+        ("SELECT missing FROM t", "no such column: missing", "d1_schema"),
     ],
 )
 def test_d1_runs_a_batch_as_one_transaction(run, second, message, code):
@@ -109,7 +109,7 @@ def test_d1_gives_numbers_back_as_javascript_has_them(run):
 REFUSED = {
     "syntax": (["SELEC 1"], "syntax error", "d1_sql"),
     "unfinished": (["SELECT ("], "incomplete input", "d1_sql"),
-    "no table": (["SELECT * FROM missing"], "no such table: missing", "d1_sql"),
+    "no table": (["SELECT * FROM missing"], "no such table: missing", "d1_schema"),
     "begin": (["BEGIN"], "To execute a transaction", "d1_sql"),
     "commit": (["COMMIT"], "To execute a transaction", "d1_sql"),
     "savepoint": (["SAVEPOINT a"], "To execute a transaction", "d1_sql"),
@@ -127,9 +127,9 @@ REFUSED = {
     "begin after a comment": (["-- BEGIN\n/* ; */ begin"], "To execute a transaction", "d1_sql"),
     "end": (["END"], "To execute a transaction", "d1_sql"),
     "the version": (["SELECT sqlite_version()"], "not authorized to use function: sqlite_version", "d1_sql"),
-    "a temporary table": (["CREATE TEMP TABLE x (a)"], "not authorized: SQLITE_AUTH", "d1_sql"),
+    "a temporary table": (["CREATE TEMP TABLE x (a)"], "not authorized: SQLITE_AUTH", "d1_read_only"),
     "a value too large": (["SELECT zeroblob(9000000)"], "string or blob too big: SQLITE_TOOBIG", "d1_row"),
-    "another database": (["ATTACH 'x.db' AS x"], "not authorized", "d1_sql"),
+    "another database": (["ATTACH 'x.db' AS x"], "not authorized", "d1_read_only"),
     "nothing": ([";"], "No SQL statements detected", "d1_sql"),
 }
 
@@ -184,7 +184,7 @@ def test_d1_takes_what_is_just_within_its_limits(run):
     ("other", "code", "says"),
     [
         ({"token": "wrong"}, "d1_unauthorized", "Authentication error"),
-        ({"account_id": "wrong"}, "d1_unauthorized", "given account is not valid"),
+        ({"account_id": "wrong"}, "d1_account", "given account is not valid"),
         ({"database_id": "wrong"}, "d1_not_found", "could not be found"),
     ],
 )

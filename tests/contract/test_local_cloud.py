@@ -9,6 +9,7 @@ import json
 import pytest
 import requests
 
+from chalicelib.credentials import Credential
 from chalicelib.errors import TransientError
 from chalicelib.r2 import R2
 from chalicelib.runpod import Runpod, Verdict
@@ -33,7 +34,9 @@ def bucket(settings, **other):
         "secret_access_key": settings["R2_SECRET_ACCESS_KEY"],
         "public_base_url": settings["R2_PUBLIC_BASE_URL"],
     }
-    return R2(**{**given, **other})
+    given |= other
+    keys = Credential((given.pop("access_key_id"), given.pop("secret_access_key")))
+    return R2(**given, keys=keys)
 
 
 def test_r2_keeps_what_is_put_and_the_public_address_serves_it(settings):
@@ -75,7 +78,9 @@ def test_r2_refuses_the_checksum_trailers_that_boto3_sends_by_default(settings, 
 
 @pytest.fixture
 def runpod(settings):
-    return Runpod(wire=Wire(Clock()), base_url=settings["RUNPOD_API_BASE"], api_key=settings["RUNPOD_API_KEY"])
+    return Runpod(
+        wire=Wire(Clock()), base_url=settings["RUNPOD_API_BASE"], api_key=Credential(settings["RUNPOD_API_KEY"])
+    )
 
 
 def test_runpod_walks_from_queue_to_output(runpod):
@@ -102,7 +107,7 @@ def test_runpod_does_not_know_strangers(runpod, settings):
     assert runpod.status("local-endpoint", "nobody", timeout=10.0).verdict is Verdict.NOT_FOUND
     with pytest.raises(TransientError, match="404"):
         runpod.run("another-endpoint", {}, timeout=10.0)
-    stranger = Runpod(wire=Wire(Clock()), base_url=settings["RUNPOD_API_BASE"], api_key="wrong")
+    stranger = Runpod(wire=Wire(Clock()), base_url=settings["RUNPOD_API_BASE"], api_key=Credential("wrong"))
     with pytest.raises(TransientError, match="401"):
         stranger.run("local-endpoint", {}, timeout=10.0)
 

@@ -5,6 +5,7 @@ from functools import cached_property
 from random import Random
 from typing import Any
 
+from chalicelib.credentials import Credential
 from chalicelib.d1 import D1, Row, Statement
 from chalicelib.r2 import R2
 from chalicelib.runtime import Clock
@@ -29,7 +30,8 @@ class D1Engine:
             "token": self.settings["CLOUDFLARE_API_TOKEN"],
         }
         clock = Clock()
-        return D1(wire=Wire(clock), clock=clock, rng=Random(1), **{**given, **other})
+        given |= other
+        return D1(wire=Wire(clock), clock=clock, rng=Random(1), **{**given, "token": Credential(given["token"])})
 
     def execute(self, sql: str, *params: Any) -> list[Row]:
         """Run one statement behind the service's back, to look at the table or to change it."""
@@ -69,7 +71,9 @@ class S3Engine:
             "secret_access_key": self.settings["R2_SECRET_ACCESS_KEY"],
             "public_base_url": self.settings["R2_PUBLIC_BASE_URL"],
         }
-        return R2(**{**given, **other})
+        given |= other
+        keys = Credential((given.pop("access_key_id"), given.pop("secret_access_key")))
+        return R2(**given, keys=keys)
 
     @cached_property
     def client(self) -> Any:

@@ -19,6 +19,7 @@ from botocore.awsrequest import AWSResponse
 from botocore.exceptions import EndpointConnectionError, ReadTimeoutError
 from requests.structures import CaseInsensitiveDict as Headers
 
+from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, TransientError
 from chalicelib.r2 import R2
 from chalicelib.spool import Spool
@@ -46,8 +47,7 @@ def r2_client() -> Any:
     r2 = R2(
         endpoint_url=f"https://{R2_HOST}",
         bucket="",
-        access_key_id="local-access-key",
-        secret_access_key="local-secret-key",
+        keys=Credential(("local-access-key", "local-secret-key")),
         public_base_url="",
     )
     return _wire(r2._connect(), "r2")

@@ -222,7 +222,7 @@ def test_dev_runpod_of_a_final_and_of_an_unknown_job(client, bench):
     ("answer", "status", "code"),
     [
         ((422, {"detail": "no"}), 502, "runpod_refused"),
-        ((401, ""), 503, "runpod_rejected"),
+        ((401, ""), 503, "runpod_unauthorized"),
         ((429, "", {"Retry-After": "30"}), 503, "runpod_busy"),
         ((502, "<html>"), 503, "runpod_bad_answer"),
         (requests.ReadTimeout(), 503, "runpod_timeout"),
@@ -532,7 +532,7 @@ def test_anonymous_callers_may_create_and_ask_only_while_it_is_allowed(client, m
         ((504, "<!DOCTYPE html>"), 503, "d1_bad_answer"),
         ((429, {"errors": [{"code": 971}]}, {"Retry-After": "300"}), 503, "d1_rate_limited"),
         ((401, {"errors": [{"code": 10000, "message": "Authentication error"}]}), 502, "d1_unauthorized"),
-        ((400, {"errors": [{"code": 7500, "message": "no such table: jobs: SQLITE_ERROR"}]}), 502, "d1_sql"),
+        ((400, {"errors": [{"code": 7500, "message": "no such table: jobs: SQLITE_ERROR"}]}), 502, "d1_schema"),
         (requests.ConnectTimeout(), 503, "d1_unreachable"),
         (requests.ReadTimeout(), 503, "d1_timeout"),
     ],

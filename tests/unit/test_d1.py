@@ -3,6 +3,7 @@ from random import Random
 
 import pytest
 
+from chalicelib.credentials import Credential
 from chalicelib.d1 import D1, Statement
 from chalicelib.errors import IndeterminateError, PermanentError, TransientError
 from chalicelib.wire import Wire
@@ -19,7 +20,7 @@ def database(clock):
         base_url="https://d1.test/client/v4",
         account_id="acc",
         database_id="db",
-        token="secret",
+        token=Credential("secret"),
     )
 
 
@@ -59,7 +60,7 @@ TABLE = [
     (400, failed(7500, "Cannot resolve D1 DB due to transient issue"), IndeterminateError, "d1_internal"),
     (400, failed(7500, "Your account has exceeded D1's free tier daily row write limit"), TransientError, "d1_quota"),
     (401, failed(10000, "Authentication error"), PermanentError, "d1_unauthorized"),
-    (403, failed(7403, "The given account is not valid"), PermanentError, "d1_unauthorized"),
+    (403, failed(7403, "The given account is not valid"), PermanentError, "d1_account"),
     (404, {**failed(7404, "not found"), "result": None}, PermanentError, "d1_not_found"),
     (429, failed(7429, "D1 DB is overloaded. Requests queued for too long."), TransientError, "d1_rate_limited"),
     (429, failed(7429, "D1 DB storage operation exceeded timeout"), IndeterminateError, "d1_reset"),
@@ -77,9 +78,9 @@ TABLE = [
     (400, "<html>bad request</html>", IndeterminateError, "d1_bad_answer"),
     (400, failed(7500, "string or blob too big: SQLITE_TOOBIG"), PermanentError, "d1_row"),
     (400, failed(7500, "malformed JSON: SQLITE_ERROR"), PermanentError, "d1_row"),
-    (400, failed(7500, "not authorized: SQLITE_AUTH"), PermanentError, "d1_sql"),
+    (400, failed(7500, "not authorized: SQLITE_AUTH"), PermanentError, "d1_read_only"),
     (400, failed(7500, "database or disk is full: SQLITE_FULL"), PermanentError, "d1_sql"),
-    (400, failed(7500, "no such column: step: SQLITE_ERROR"), PermanentError, "d1_sql"),
+    (400, failed(7500, "no such column: step: SQLITE_ERROR"), PermanentError, "d1_schema"),
     (400, failed(7500, "D1 DB is overloaded. Requests queued for too long."), TransientError, "d1_overloaded"),
     (400, failed(7500, "isolate exceeded its memory limit and was reset."), IndeterminateError, "d1_internal"),
     (200, {"success": True, "result": []}, IndeterminateError, "d1_bad_answer"),

@@ -12,7 +12,7 @@ SERVICE = ROOT / "chalicelib"
 LAYERS = [
     {"errors"},
     {"retry", "runtime", "parameters", "connection", "boxes", "inline", "webhooks"},
-    {"settings"},
+    {"settings", "credentials"},
     {"wire", "auth", "jobs", "content"},
     {"media", "deadlines", "moves"},
     {"names"},

@@ -9,6 +9,7 @@ from botocore.exceptions import EndpointConnectionError
 
 from chalicelib import r2
 from chalicelib.content import SMALL_BYTES
+from chalicelib.credentials import Credential
 from chalicelib.errors import PermanentError, TransientError
 from chalicelib.r2 import PART_BYTES, R2
 from chalicelib.runtime import Deadline
@@ -20,9 +21,7 @@ LARGE = b"0123456789abcdef" * (SMALL_BYTES // 16) + b"and a little more"
 
 @pytest.fixture
 def bucket(s3):
-    return R2(
-        endpoint_url=R2_ENDPOINT, bucket=BUCKET, access_key_id="key", secret_access_key="secret", public_base_url=""
-    )
+    return R2(endpoint_url=R2_ENDPOINT, bucket=BUCKET, keys=Credential(("key", "secret")), public_base_url="")
 
 
 @pytest.fixture
@@ -32,8 +31,7 @@ def served(cloud_server):
     return R2(
         endpoint_url=given["R2_ENDPOINT_URL"],
         bucket=BUCKET,
-        access_key_id=given["R2_ACCESS_KEY_ID"],
-        secret_access_key=given["R2_SECRET_ACCESS_KEY"],
+        keys=Credential((given["R2_ACCESS_KEY_ID"], given["R2_SECRET_ACCESS_KEY"])),
         public_base_url=given["R2_PUBLIC_BASE_URL"],
     )
 

@@ -3,6 +3,7 @@ import json
 import pytest
 import requests
 
+from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, PermanentError, TransientError
 from chalicelib.runpod import Runpod, Verdict
 from chalicelib.wire import Wire
@@ -15,7 +16,7 @@ CANCEL = f"{BASE}/ep/cancel/run-1"
 
 @pytest.fixture
 def runpod(clock):
-    return Runpod(wire=Wire(clock), base_url=BASE, api_key="secret")
+    return Runpod(wire=Wire(clock), base_url=BASE, api_key=Credential("secret"))
 
 
 def test_run_sends_the_payload_once_with_the_key(answers, runpod):

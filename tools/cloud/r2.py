@@ -81,6 +81,9 @@ class R2:
 
     def _refusal(self, request: Request) -> Answer | None:
         presigned = SIGNED_QUERY.fullmatch(request.query)
+        named = AUTHORIZATION.fullmatch(request.headers.get("authorization", ""))
+        if named and named[1] != self._account.access_key_id:
+            return _error(401, "Unauthorized", "Unauthorized")
         if not (self._presigned(request, presigned) if presigned else self._signed(request)):
             return _error(
                 403,
