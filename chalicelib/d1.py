@@ -10,7 +10,7 @@ from chalicelib import retry
 from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.runtime import Clock, Deadline
-from chalicelib.wire import Reply, Wire
+from chalicelib.wire import Reply, Wire, exchange_as
 
 Row = dict[str, Any]
 
@@ -104,8 +104,9 @@ class D1:
         locked_for = self._locked_until - self._clock.monotonic()
         if locked_for > 0:  # a call now would be refused, and might prolong it
             raise _rate_limited(locked_for)
-        reply = self._wire.exchange_as(
+        reply = exchange_as(
             self._token,
+            self._wire,
             "d1",
             "POST",
             self._url,

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
-from chalicelib.wire import Reply, Wire
+from chalicelib.wire import Reply, Wire, exchange_as
 
 MAX_ANSWER_BYTES = 32_000_000  # RunPod bounds a result at 20 MB
 FINAL_REFUSALS = (400, 413, 422)  # the payload is at fault; 400 is also how a body over 10 MiB is answered
@@ -120,8 +120,9 @@ class Runpod:
     ) -> Reply:
         url = f"{self._base_url}/{quote(endpoint_id, safe='')}/{operation}"
         data = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        return self._wire.exchange_as(
+        return exchange_as(
             self._api_key,
+            self._wire,
             "runpod",
             method,
             url,

@@ -102,25 +102,6 @@ class Wire:
         with self.open(service, method, url, headers=headers, body=body, timeout=timeout) as answer:
             return Reply(answer.status, answer.headers, _whole(answer, max_bytes))
 
-    def exchange_as(
-        self,
-        credential: Credential[str],
-        service: str,
-        method: str,
-        url: str,
-        *,
-        headers: Mapping[str, str],
-        **how: Any,
-    ) -> Reply:
-        """Like exchange(), with the key as bearer; the request that is refused is repeated if there is a new key."""
-
-        def send(key: str) -> Reply:
-            return self.exchange(service, method, url, headers={**headers, "Authorization": f"Bearer {key}"}, **how)
-
-        key = credential.value
-        reply = send(key)
-        return send(credential.value) if reply.status in (401, 403) and credential.renew(key) else reply
-
     @contextlib.contextmanager
     def open(
         self,
@@ -158,6 +139,26 @@ class Wire:
             if abs((now - self._used_at).total_seconds()) > IDLE_LIMIT:
                 self._session.close()
             self._used_at = now
+
+
+def exchange_as(
+    credential: Credential[str],
+    wire: Wire,
+    service: str,
+    method: str,
+    url: str,
+    *,
+    headers: Mapping[str, str],
+    **how: Any,
+) -> Reply:
+    """Like wire.exchange(), with the key as bearer; a request that is refused is repeated if there is a new key."""
+
+    def send(key: str) -> Reply:
+        return wire.exchange(service, method, url, headers={**headers, "Authorization": f"Bearer {key}"}, **how)
+
+    key = credential.value
+    reply = send(key)
+    return send(credential.value) if reply.status in (401, 403) and credential.renew(key) else reply
 
 
 def _whole(answer: Stream, max_bytes: int) -> bytes:
