@@ -128,6 +128,10 @@ class R2:
         except BotoCoreError as error:
             raise _no_answer() from error
 
+    def delete(self, key: str, *, deadline: Deadline) -> None:
+        """Remove the object; one that is not there is fine. Raises TransientError or PermanentError."""
+        self._call("delete_object", deadline, Key=key)
+
     def public_url(self, key: str) -> str | None:
         """Where anybody may read the object for ever; None where the bucket is private."""
         return f"{self._public_base_url}/{key}" if self._public_base_url else None

@@ -115,6 +115,17 @@ class Runpod:
         if reply.status not in (200, 404):
             raise _refusal(reply)
 
+    def health(self, endpoint_id: str, *, timeout: float) -> tuple[dict[str, int], dict[str, int]]:
+        """
+        How many workers the endpoint has in each state, and how many jobs; a worker that idles is ready too. Raises as
+        run() does.
+        """
+        reply = self._call("GET", endpoint_id, "health", timeout=timeout)
+        if reply.status != 200:
+            raise _refusal(reply)
+        answer = _object(reply.body)
+        return _counts(answer.get("workers")), _counts(answer.get("jobs"))
+
     def _call(
         self, method: str, endpoint_id: str, operation: str, *, timeout: float, body: dict[str, Any] | None = None
     ) -> Reply:
@@ -171,6 +182,12 @@ def _object(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return answer if isinstance(answer, dict) else {}
+
+
+def _counts(value: object) -> dict[str, int]:
+    if not isinstance(value, dict):
+        raise TransientError("runpod_bad_answer", "RunPod gave no counts of workers and jobs.", service="runpod")
+    return {str(name): count for name, count in value.items() if isinstance(count, int)}
 
 
 def _text(value: object) -> str:

@@ -61,6 +61,8 @@ class R2:
                 return self._copy(key, request)
             case "PUT" if key:
                 return self._put(key, request)
+            case "DELETE" if key:
+                return self._delete(key)
             case "GET" | "HEAD" if key:
                 found = self.read(key, head=request.method == "HEAD")
                 return found or _error(404, "NoSuchKey", "The specified key does not exist.")
@@ -158,6 +160,12 @@ class R2:
         headers = _kept_headers(request) if replaced else {name: found.headers[name] for name in KEPT_HEADERS}
         kept = self._keep(key, found.body, headers, _etag(found.body))
         return _xml("CopyObjectResult", {"ETag": kept.headers["ETag"]})
+
+    def _delete(self, key: str) -> Answer:
+        path = self._path(key)
+        path.with_suffix(".json").unlink(missing_ok=True)  # first: without it there is no object
+        path.unlink(missing_ok=True)
+        return Answer(204)
 
     def _begin_upload(self, request: Request) -> Answer:
         upload_id = uuid.uuid4().hex
