@@ -1,5 +1,5 @@
--- The whole database as it must be. `python -m tools.schema` brings any older one to this: it adds the columns that are
--- missing, one line here being one column, then runs this file. Nothing here drops, renames or rewrites.
+-- The whole database as it must be. `python -m tools.schema` brings any older one to this by the numbered files in changes/;
+-- a test holds the two against each other. One line here is one column, and a new one comes last in its table.
 -- No triggers: D1 splits a request's statements itself, and breaks on them.
 
 CREATE TABLE IF NOT EXISTS jobs (
@@ -89,3 +89,10 @@ CREATE TABLE IF NOT EXISTS job_events (
   detail TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(detail)),
   PRIMARY KEY (job_id, version, n)
 ) WITHOUT ROWID;
+
+-- Which of the files in changes/ this database has had.
+CREATE TABLE IF NOT EXISTS schema_changes (
+  number INTEGER PRIMARY KEY,
+  name TEXT NOT NULL,
+  applied_at TEXT NOT NULL
+);

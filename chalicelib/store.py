@@ -12,6 +12,7 @@ from chalicelib.d1 import D1, Row, Statement
 from chalicelib.jobs import Change, Job, State, to_text
 
 POLL_AGAIN = 12  # seconds; under the 15 s grid, so that every running job is looked at in each round
+SCHEMA_CHANGE = 2  # the last of the numbered changes to the schema that the queries need
 NEWEST = ("9999", "")  # a cursor that comes before every row
 
 

@@ -205,10 +205,12 @@ def _apply_schema(env: dict[str, str], *, real: bool) -> None:
     d1 = bootstrap.make_d1(settings.load(env), Wire(clock), clock)
     if not real:
         schema.apply(d1)
-    elif any(schema.missing(d1)):
+        return
+    report = schema.check(d1)
+    if report.pending or report.missing:
         raise Problem(
             "The real D1 database is not what the code needs. `.venv/bin/python -m tools.schema --check` says what is "
-            "missing, without --check it is added."
+            "missing, without --check it applies what is pending."
         )
 
 

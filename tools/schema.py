@@ -1,90 +1,207 @@
 """
-Brings the D1 database that the settings name to what the code needs.
+Brings the D1 database that the settings name to what the code needs, by the numbered files in changes/.
 
-    python -m tools.schema          adds what is missing and says what it did; safe to repeat
-    python -m tools.schema --check  only says what is missing; exit status 1 if anything is
+    python -m tools.schema          applies the changes that the database has not had and says which; safe to repeat
+    python -m tools.schema --check  only says which those are, and what of schema.sql is missing beside them; exit
+                                    status 1 if anything is
 
-It reads CLOUDFLARE_ACCOUNT_ID, CLOUDFLARE_API_TOKEN and D1_DATABASE_ID from the environment or .env.local. Columns are
-added one by one, then schema.sql is run. No existing value is touched, nothing is dropped.
+It reads CLOUDFLARE_ACCOUNT_ID, CLOUDFLARE_API_TOKEN and D1_DATABASE_ID from the environment or .env.local. A change
+only adds, so code that does not know it goes on; no existing value is touched. A database with a change that this
+checkout does not know is left as it is.
 """
 
 import argparse
 import re
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from chalicelib import bootstrap, settings
-from chalicelib.d1 import D1, Statement
-from chalicelib.errors import PermanentError, ServiceError
+from chalicelib.d1 import D1, Row, Statement
+from chalicelib.errors import ServiceError
+from chalicelib.jobs import to_text
 from chalicelib.runtime import Clock
 from chalicelib.wire import Wire
 
-SCHEMA = Path(__file__).parent.parent / "schema.sql"
+ROOT = Path(__file__).parent.parent
+SCHEMA = ROOT / "schema.sql"
+CHANGES = ROOT / "changes"
 D1_SETTINGS = "CLOUDFLARE_|D1_"
 TIMEOUT = 30.0  # seconds, the longest that D1 works on one request
 
 
-def statements() -> list[str]:
-    """The statements of schema.sql, without comments."""
-    text = re.sub(r"^\s*--.*$", "", SCHEMA.read_text(encoding="utf-8"), flags=re.MULTILINE)
+@dataclass(frozen=True)
+class Found:
+    """What a database has: tables and indexes by name, columns as table.column; and the changes it has had."""
+
+    things: frozenset[str]
+    recorded: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One file of changes/."""
+
+    number: int
+    name: str
+    statements: tuple[str, ...]
+
+    def things(self) -> set[str]:
+        """What it brings, as in Found."""
+        return set(map(_brings, self.statements))
+
+    def left(self, found: Found) -> list[str]:
+        """Its statements, without those whose repeat would be an error."""
+        return [
+            statement
+            for statement in self.statements
+            if not (statement.startswith("ALTER") and _brings(statement) in found.things)
+        ]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a database lacks, and the number of a change that it has had and this code does not know."""
+
+    found: Found
+    pending: tuple[Change, ...]
+    missing: tuple[str, ...]
+    unknown: int | None
+
+    def lines(self) -> list[str]:
+        """A line for each thing."""
+        return [
+            *([_unknown(self.unknown)] if self.unknown else []),
+            *(f"pending: {change.name}" for change in self.pending),
+            *(f"missing: {thing}" for thing in self.missing),
+        ]
+
+
+def statements(path: Path = SCHEMA) -> list[str]:
+    """The statements of schema.sql or of a change, without comments."""
+    text = re.sub(r"^\s*--.*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return [statement.strip() for statement in text.split(";") if statement.strip()]
 
 
-def tables() -> dict[str, dict[str, str]]:
-    """Each table of schema.sql with its columns, by name: the line that defines each."""
+@cache
+def changes() -> tuple[Change, ...]:
+    """The files of changes/, in their order."""
+    return tuple(
+        Change(int(path.name[:4]), path.stem, tuple(statements(path))) for path in sorted(CHANGES.glob("*.sql"))
+    )
+
+
+def tables() -> dict[str, tuple[str, ...]]:
+    """Each table of schema.sql with the names of its columns."""
     found = {}
     for statement in statements():
         if match := re.match(r"CREATE TABLE IF NOT EXISTS (\w+) \(\n(.*)\n\)", statement, flags=re.DOTALL):
-            lines = [line.strip().rstrip(",") for line in match[2].splitlines() if line.strip()]
-            found[match[1]] = {line.split()[0]: line for line in lines if not line.startswith("PRIMARY KEY")}
+            names = (line.split()[0] for line in match[2].splitlines() if line.strip())
+            found[match[1]] = tuple(name for name in names if name != "PRIMARY")
     return found
 
 
-def indexes() -> list[str]:
-    """The names of the indexes in schema.sql."""
-    found = (re.match(r"CREATE INDEX IF NOT EXISTS (\w+)", statement) for statement in statements())
-    return [match[1] for match in found if match]
+def _brings(statement: str) -> str:
+    """What a statement of schema.sql or of a change brings: a table or an index by name, a column as table.column."""
+    if match := re.match(r"CREATE (?:TABLE|INDEX) IF NOT EXISTS (\w+)", statement):
+        return match[1]
+    if match := re.match(r"ALTER TABLE (\w+) ADD COLUMN (\w+)", statement):
+        return f"{match[1]}.{match[2]}"
+    raise ValueError(f"No change may hold this: {statement}")
 
 
-def missing(d1: D1) -> tuple[list[str], list[str]]:
-    """What the database lacks: statements that add columns to tables it has, and names of tables and indexes."""
+def check(d1: D1) -> Report:
+    """Compare the database with this code's changes and with schema.sql."""
+    return _report(_look(d1))
+
+
+def _look(d1: D1) -> Found:
     wanted = tables()
-    there = _names(d1, "SELECT name FROM sqlite_master WHERE type IN ('table', 'index')")
-    columns = []
-    for table in wanted.keys() & there:
-        has = _names(d1, f"SELECT name FROM pragma_table_info('{table}')")
-        if "id" in wanted[table] and "id" not in has:
-            raise SystemExit(f"The table `{table}` has no column `id`: it is another program's. Check D1_DATABASE_ID.")
-        columns += [f"ALTER TABLE {table} ADD COLUMN {line}" for name, line in wanted[table].items() if name not in has]
-    return columns, [name for name in (*wanted, *indexes()) if name not in there]
+    asked = ["SELECT name FROM sqlite_master WHERE type IN ('table', 'index')"]
+    asked += [f"SELECT '{table}.' || name AS name FROM pragma_table_info('{table}')" for table in wanted]
+    things = {row["name"] for rows in _query(d1, asked) for row in rows}
+    if "jobs" in things and "jobs.id" not in things:
+        raise SystemExit("The table `jobs` has no column `id`: it is another program's. Check D1_DATABASE_ID.")
+    (recorded,) = _query(d1, ["SELECT number FROM schema_changes"]) if "schema_changes" in things else [[]]
+    return Found(frozenset(things), frozenset(row["number"] for row in recorded))
 
 
-def _names(d1: D1, sql: str) -> set[str]:
-    return {row["name"] for row in d1.query([Statement(sql)], timeout=TIMEOUT)[0]}
+def _query(d1: D1, sql: Iterable[str]) -> list[list[Row]]:
+    return d1.query([Statement(statement) for statement in sql], timeout=TIMEOUT)
+
+
+def _report(found: Found) -> Report:
+    newest = max(found.recorded, default=0)
+    ahead = newest > changes()[-1].number
+    pending = tuple(change for change in changes() if change.number not in found.recorded and not ahead)
+    to_come = {thing for change in pending for thing in change.things()}
+    wanted = [*map(_brings, statements()), *_columns_of(found)]
+    missing = tuple(thing for thing in wanted if thing not in found.things | to_come)
+    return Report(found, pending, missing, newest if ahead else None)
+
+
+def _columns_of(found: Found) -> list[str]:
+    """The columns that schema.sql has in the tables that are there."""
+    return [f"{table}.{name}" for table, names in tables().items() for name in names if table in found.things]
 
 
 def apply(d1: D1) -> list[str]:
-    """Add what is missing; a line for each thing that was done."""
-    columns, objects = missing(d1)
-    for statement in columns:
-        _add_column(d1, statement)
-    if objects:
-        d1.query([Statement(statement) for statement in statements()], timeout=TIMEOUT)
-    return [*(_said(statement) for statement in columns), *(f"created {name}" for name in objects)]
+    """
+    Apply the changes that the database has not had, and again those of which something is missing; a line for each.
+
+    Does nothing where the database is ahead of this code.
+    """
+    report = check(d1)
+    if report.unknown:
+        return []
+    again = [change for change in changes() if change.things() & set(report.missing)]
+    for change in (*report.pending, *again):
+        _apply(d1, change, report.found)
+    return [
+        *(f"applied: {change.name}" for change in report.pending),
+        *(f"applied again, because something of it was missing: {change.name}" for change in again),
+    ]
 
 
-def _add_column(d1: D1, statement: str) -> None:
-    try:
-        d1.query([Statement(statement)], timeout=TIMEOUT)
-    except PermanentError as error:
-        # A repeat after a lost answer, or a run of this beside us, finds the column already there.
-        if "duplicate column name" not in error.sentence:
-            raise
+def _apply(d1: D1, change: Change, found: Found) -> None:
+    """
+    Send what is left of the change and its record as one batch.
+
+    SQLite has no ADD COLUMN IF NOT EXISTS. A run beside this one, or an earlier try whose answer was lost, may have
+    added columns since we looked; then we look again, until there is nothing new to see.
+    """
+    while True:
+        try:
+            d1.query([*map(Statement, change.left(found)), _record(change)], timeout=TIMEOUT)
+            return
+        except ServiceError as error:
+            seen, found = found, _look(d1)
+            if "duplicate column name" not in error.sentence or found == seen:
+                raise
 
 
-def _said(statement: str) -> str:
-    words = statement.split()
-    return f"added column {words[2]}.{words[5]}"
+def _record(change: Change) -> Statement:
+    return Statement(
+        "INSERT INTO schema_changes (number, name, applied_at) "
+        f"VALUES ({change.number}, ?1, ?2) ON CONFLICT DO NOTHING",
+        (change.name, to_text(Clock().now())),
+    )
+
+
+def _unknown(number: int) -> str:
+    known = changes()[-1].number
+    return (
+        f"The database has had change {number}, this code knows those up to {known}: it is an older checkout, which "
+        "goes on with this database. Nothing is changed."
+    )
+
+
+def connect() -> D1:
+    """The database that the settings name; raises SettingError."""
+    clock = Clock()
+    return bootstrap.make_d1(settings.load(only=D1_SETTINGS), Wire(clock), clock)
 
 
 def main() -> None:
@@ -92,23 +209,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.schema", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="only say what is missing")
-    check = parser.parse_args().check
+    parser.add_argument("--check", action="store_true", help="only say what is pending or missing")
+    only_check = parser.parse_args().check
     try:
-        clock = Clock()
-        d1 = bootstrap.make_d1(settings.load(only=D1_SETTINGS), Wire(clock), clock)
-        if check:
-            columns, objects = missing(d1)
-            lines = [
-                *(f"missing: {_said(statement).removeprefix('added ')}" for statement in columns),
-                *(f"missing: {name}" for name in objects),
-            ]
-        else:
-            lines = apply(d1)
+        d1 = connect()
+        did = [] if only_check else apply(d1)
+        report = check(d1)
     except ServiceError as error:
         sys.exit(error.sentence)
-    print("\n".join(lines) if lines else "The database has everything the code needs.")
-    sys.exit(1 if check and lines else 0)
+    print("\n".join([*did, *report.lines()]) or "The database has everything the code needs.")
+    sys.exit(1 if report.pending or report.missing or (only_check and report.unknown) else 0)
 
 
 if __name__ == "__main__":

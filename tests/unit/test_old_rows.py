@@ -48,61 +48,6 @@ def old_bench(old, empty_d1, environment, cloud, clock, faults, s3):
     return make
 
 
-def test_an_empty_database_gets_everything_and_a_second_run_adds_nothing(empty_d1, table):
-    did = schema.apply(empty_d1)
-
-    assert did == [f"created {name}" for name in (*schema.tables(), *schema.indexes())]
-    assert (schema.missing(empty_d1), schema.apply(empty_d1)) == (([], []), [])
-    made = "SELECT name FROM sqlite_master WHERE tbl_name IN ('jobs', 'job_events') AND sql IS NOT NULL"
-    assert {row["name"] for row in table(made)} == {*schema.tables(), *schema.indexes()}
-
-
-def test_missing_columns_are_added_and_no_value_is_touched(old, table, empty_d1):
-    old("a", status="done", result_url="https://old/a.png", finished_at=AT, model="qwen-image")
-    before = table(f"SELECT {', '.join(OLD_COLUMNS)} FROM jobs")
-
-    did = schema.apply(empty_d1)
-
-    assert table(f"SELECT {', '.join(OLD_COLUMNS)} FROM jobs") == before
-    assert "added column jobs.step" in did
-    assert "created job_events" in did
-    assert "created jobs_due" in did
-
-
-def test_an_old_table_ends_with_the_columns_of_a_new_one(old, cloud, empty_d1, tmp_path, table):
-    from tools.cloud import LocalCloud
-
-    schema.apply(empty_d1)
-    fresh = LocalCloud(tmp_path / "fresh", base_url="http://fresh.test:1")
-    for statement in schema.statements():
-        fresh.d1.execute(statement)
-
-    def columns(where):
-        rows = where("SELECT name, type, \"notnull\", dflt_value FROM pragma_table_info('jobs')")
-        return {row["name"]: (row["type"], row["notnull"], row["dflt_value"]) for row in rows}
-
-    new, added = columns(fresh.d1.execute), columns(table)
-    fresh.close()
-    assert list(new)[:11] == list(OLD_COLUMNS)
-    assert list(added) == list(new)
-    assert {name: added[name] for name in list(new)[11:]} == {name: new[name] for name in list(new)[11:]}
-
-
-def test_a_second_run_has_nothing_to_do(old, empty_d1):
-    schema.apply(empty_d1)
-
-    assert schema.apply(empty_d1) == []
-
-
-def test_a_run_that_was_broken_off_is_finished_by_the_next(old, table, empty_d1):
-    table("ALTER TABLE jobs ADD COLUMN step TEXT")
-
-    did = schema.apply(empty_d1)
-
-    assert "added column jobs.step" not in did
-    assert schema.missing(empty_d1) == ([], [])
-
-
 def test_an_added_column_keeps_its_constraint(old, table, empty_d1):
     schema.apply(empty_d1)
 
@@ -245,7 +190,7 @@ def command(*args, env):
     )
 
 
-def test_the_command_says_what_is_missing_then_adds_it_then_finds_nothing(cloud_server):
+def test_the_command_says_what_is_pending_then_applies_it_then_finds_nothing(cloud_server):
     import os
 
     cloud_server.cloud.d1.execute(OLD_TABLE)
@@ -253,9 +198,9 @@ def test_the_command_says_what_is_missing_then_adds_it_then_finds_nothing(cloud_
     env = {**os.environ, **{k: v for k, v in cloud_server.cloud.settings().items() if k.startswith(wanted)}}
 
     check = command("--check", env=env)
-    assert (check.returncode, "missing: column jobs.step" in check.stdout) == (1, True)
+    assert (check.returncode, "pending: 0002_pipeline" in check.stdout) == (1, True)
     apply = command(env=env)
-    assert (apply.returncode, "added column jobs.step" in apply.stdout) == (0, True)
+    assert (apply.returncode, "applied: 0002_pipeline" in apply.stdout) == (0, True)
     again = command("--check", env=env)
     assert (again.returncode, again.stdout) == (0, "The database has everything the code needs.\n")
     refused = command(env={**env, "CLOUDFLARE_API_TOKEN": "wrong"})

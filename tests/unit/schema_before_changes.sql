@@ -1,0 +1,91 @@
+-- The whole database as it must be. `python -m tools.schema` brings any older one to this: it adds the columns that are
+-- missing, one line here being one column, then runs this file. Nothing here drops, renames or rewrites.
+-- No triggers: D1 splits a request's statements itself, and breaks on them.
+
+CREATE TABLE IF NOT EXISTS jobs (
+  -- The first eleven are those of the earlier version, whose rows and clients live on.
+  id TEXT PRIMARY KEY,
+  runpod_job_id TEXT,
+  status TEXT NOT NULL DEFAULT 'queued',
+  prompt TEXT NOT NULL DEFAULT '',
+  model TEXT,
+  result_r2_key TEXT,
+  result_url TEXT,
+  finished_at TEXT,
+  error_message TEXT,
+  created_at TEXT,
+  updated_at TEXT,
+  -- What the pipeline does next; NULL in final rows, and in live rows of the earlier version until the first claim.
+  step TEXT CHECK (step IN ('submit', 'submitting', 'poll', 'store')),
+  -- The caller's own input object for RunPod (JSON); NULL: the default one.
+  input TEXT,
+  -- Where this attempt was sent, which is where it must be asked for.
+  endpoint_id TEXT,
+  -- Counts writes; every save names the one it read.
+  version INTEGER NOT NULL DEFAULT 0,
+  -- GPU runs begun, the first is 1.
+  attempt INTEGER NOT NULL DEFAULT 0,
+  -- Calls of ours that failed in a row.
+  failures INTEGER NOT NULL DEFAULT 0,
+  -- Claims of the finished result since its last save; a result that kills whoever stores it is known by them.
+  holds INTEGER NOT NULL DEFAULT 0,
+  -- The attempt that a user's retry went on from; those after it are counted against MAX_ATTEMPTS.
+  attempt_base INTEGER NOT NULL DEFAULT 0,
+  -- Not before this instant; '' is due at once.
+  due_at TEXT NOT NULL DEFAULT '',
+  -- The nonce of the batch that saved last, and of the claim that holds the row.
+  writer TEXT,
+  claimer TEXT,
+  -- The version at which the intent to submit was written; only while it is still the version may /run be called.
+  intent_version INTEGER,
+  runpod_status TEXT,
+  -- The files of the result that are in R2 (JSON): key, url, content_type, bytes, sha256, width, height; or in the spool,
+  -- and so marked.
+  outputs TEXT,
+  -- The links in the worker's answer (JSON), NULL in the place of a file that is in the answer itself; until it is stored.
+  links TEXT,
+  -- What is wrong with the other files (JSON); set once every file is in R2 or the spool, so that RunPod is not needed.
+  warnings TEXT,
+  error_code TEXT,
+  -- Set when a finished result could not be stored.
+  dead_at TEXT,
+  cancel_at TEXT,
+  submitted_at TEXT,
+  -- When a worker was first seen at it.
+  started_at TEXT,
+  -- The earliest that the run can have ended.
+  completed_at TEXT,
+  -- Until when the finished result can be had from where it lies now.
+  result_until TEXT,
+  -- By when it must have been drawn.
+  deadline_at TEXT,
+  queue_ms INTEGER,
+  execution_ms INTEGER
+);
+
+-- Claims look for due rows of one step.
+CREATE INDEX IF NOT EXISTS jobs_due ON jobs (step, due_at) WHERE status IN ('queued', 'running');
+
+-- What a user has cancelled and RunPod has not got.
+CREATE INDEX IF NOT EXISTS jobs_cancelled ON jobs (step) WHERE cancel_at IS NOT NULL AND status IN ('queued', 'running');
+
+-- The dead letters, newest first.
+CREATE INDEX IF NOT EXISTS jobs_dead ON jobs (dead_at, id) WHERE dead_at IS NOT NULL;
+
+-- A claim reads back what it got.
+CREATE INDEX IF NOT EXISTS jobs_claimed ON jobs (claimer) WHERE status IN ('queued', 'running');
+
+-- The list, newest first, of all and of one status.
+CREATE INDEX IF NOT EXISTS jobs_created ON jobs (created_at, id);
+CREATE INDEX IF NOT EXISTS jobs_status_created ON jobs (status, created_at, id);
+
+-- The timeline: what happened to a job, in the order of the row's versions.
+CREATE TABLE IF NOT EXISTS job_events (
+  job_id TEXT NOT NULL,
+  version INTEGER NOT NULL,
+  n INTEGER NOT NULL,
+  at TEXT NOT NULL,
+  event TEXT NOT NULL,
+  detail TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(detail)),
+  PRIMARY KEY (job_id, version, n)
+) WITHOUT ROWID;
