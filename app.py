@@ -32,6 +32,11 @@ def get_health() -> Response:
     return api.get_health(app.current_request)
 
 
+@app.route("/api/health", methods=["GET"])
+def get_deep_health() -> Response:
+    return api.get_deep_health(app.current_request)
+
+
 @app.route("/api/queue/create", methods=["POST"], content_types=api.BODY_TYPES)
 def create_job() -> Response:
     return api.create_job(app.current_request)

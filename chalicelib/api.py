@@ -10,6 +10,7 @@ from urllib.parse import unquote
 from chalice.app import Request, Response
 
 from chalicelib import auth, inputs, log
+from chalicelib.advice import Level
 from chalicelib.bootstrap import Service, service
 from chalicelib.errors import IndeterminateError, RequestError, ServiceError
 from chalicelib.jobs import FINAL, Job, State, Status, to_text
@@ -18,9 +19,11 @@ from chalicelib.runtime import Deadline
 # Bodies are JSON whatever they are called: a browser's fetch says text/plain and curl -d says form.
 BODY_TYPES = ["application/json", "text/plain", "application/x-www-form-urlencoded"]
 
+SERVICE = "ob-ai-studio"
 REQUEST_SECONDS = 24.0  # every request is over in 25 s; API Gateway gives up after 29
 READ_SECONDS = 10.0
 DEV_ROUND_SECONDS = 20.0
+HEALTH_SECONDS = 20.0
 PRESIGNED_SECONDS = 3600  # that a link to a file of a private bucket holds
 SCHEDULE_RESERVE = 0.5  # seconds of the Lambda's time kept for returning
 
@@ -52,7 +55,8 @@ def _route(
                 current = service()
                 if not keyless and not (anonymous and current.settings.allow_anonymous):
                     auth.require_key(request.headers.get("authorization", ""), current.settings)
-                return _respond(200, {"ok": True, **view(current, request, *args, **kwargs)})
+                answer = {"ok": True, **view(current, request, *args, **kwargs)}
+                return _respond(200 if answer["ok"] else 503, answer)
             except ServiceError as error:
                 return _refuse(error)
             except Exception:
@@ -104,7 +108,34 @@ def shape_chalice_errors(response: Response) -> Response:
 
 def get_health(request: Request | None) -> Response:
     """Alive: open, without settings, without a call to anywhere."""
-    return _respond(200, {"ok": True, "service": "ob-ai-studio"})
+    return _respond(200, {"ok": True, "service": SERVICE})
+
+
+@_route()
+def get_deep_health(current: Service, request: Request) -> Answer:
+    """Alive; with `deep=1` whether all that the service needs is so, too."""
+    deep = inputs.read_flag("deep", inputs.query_of(request).get("deep"))
+    if not deep:
+        return {"service": SERVICE}
+    found = current.health.look(Deadline(current.clock, HEALTH_SECONDS))
+    problems = [finding for finding in found if finding.level is not Level.OK]
+    errors = [finding for finding in problems if finding.level is Level.ERROR]
+    bad = {"ok": False, "error": " ".join(finding.sentence for finding in errors), "code": "unhealthy"}
+    return {
+        **(bad if errors else {}),
+        "service": SERVICE,
+        "checks": {finding.check: finding.level for finding in [*found, *problems, *errors]},
+        "problems": [
+            {
+                "check": finding.check,
+                "level": finding.level,
+                "code": finding.code,
+                "sentence": finding.sentence,
+                "mend": finding.mend,
+            }
+            for finding in problems
+        ],
+    }
 
 
 @_route(anonymous=True)

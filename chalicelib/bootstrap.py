@@ -11,6 +11,7 @@ from chalicelib.credentials import Credential, Fresh
 from chalicelib.d1 import D1
 from chalicelib.deadlines import Deadlines
 from chalicelib.fetch import Fetch, Guard
+from chalicelib.health import Health
 from chalicelib.pipeline import Pipeline
 from chalicelib.r2 import R2
 from chalicelib.results import Results
@@ -34,6 +35,7 @@ class Service:
     store: Store
     pipeline: Pipeline
     bucket: R2
+    health: Health
     clock: Clock
 
 
@@ -90,12 +92,11 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
         keys=Credential(_r2_keys(config), lambda: _r2_keys(fresh.get())),
         public_base_url=config.r2_public_base_url,
     )
+    spool = Spool(config.spool_bucket) if config.spool_bucket else None
     webhooks = Webhooks(config.public_base_url, config.webhook_secret)
     steps = Steps(
         runpod=runpod,
-        results=Results(
-            fetch=fetch, bucket=bucket, spool=Spool(config.spool_bucket) if config.spool_bucket else None, clock=clock
-        ),
+        results=Results(fetch=fetch, bucket=bucket, spool=spool, clock=clock),
         clock=clock,
         rng=rng,
         default_endpoint_id=config.runpod_endpoint_id,
@@ -117,6 +118,18 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
             new_crew=given.new_crew,
         ),
         bucket=bucket,
+        health=Health(
+            settings=config,
+            store=store,
+            bucket=bucket,
+            spool=spool,
+            runpod=runpod,
+            webhooks=webhooks,
+            wire=wire,
+            clock=clock,
+            rng=rng,
+            new_crew=given.new_crew,
+        ),
         clock=clock,
     )
 

@@ -20,6 +20,7 @@ REQUEST_STATUS = {
     "input_invalid": 400,
     "dry_run_invalid": 400,
     "error_code_invalid": 400,
+    "flag_invalid": 400,
     "job_final": 400,
     "job_id_invalid": 400,
     "job_not_cancellable": 409,

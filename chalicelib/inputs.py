@@ -118,6 +118,13 @@ def read_status(text: str | None) -> str | None:
     return text
 
 
+def read_flag(name: str, text: str | None) -> bool:
+    """Whether the query says 1, not 0 or nothing."""
+    if text not in (None, "0", "1"):
+        raise RequestError("flag_invalid", f"{name} must be 0 or 1.")
+    return text == "1"
+
+
 def read_cursor(text: str | None) -> tuple[str, str]:
     """The (created_at, id) after which the page begins."""
     if text is None:

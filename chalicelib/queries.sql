@@ -391,3 +391,43 @@ FROM jobs
 WHERE dead_at IS NOT NULL AND (dead_at, id) < (:dead_at, :id) AND error_code = coalesce(:error_code, error_code)
 ORDER BY dead_at DESC, id DESC
 LIMIT CAST(:limit AS INTEGER)
+
+
+-- name: list_tables
+-- What the database has at all; the other questions of the doctor need tables that may not be there.
+SELECT name FROM sqlite_master WHERE type = 'table'
+
+
+-- name: prove_writing
+-- Changes nothing, and is refused all the same where the token may only read.
+UPDATE jobs SET version = version WHERE id = ''
+
+
+-- name: read_survey
+-- D1's clock in seconds, the last change to the schema, and the dead letters, as far as it is worth counting.
+SELECT
+  (julianday('now') - 2440587.5) * 86400 AS now,
+  (SELECT max(number) FROM schema_changes) AS schema_change,
+  (SELECT count(*) FROM (SELECT 1 FROM jobs WHERE dead_at IS NOT NULL LIMIT 1000)) AS dead_letters
+
+
+-- name: count_overdue
+-- Jobs that the rounds should have looked at long ago.
+SELECT step, count(*) AS jobs, min(due_at) AS since
+FROM jobs
+WHERE step IN ('submit', 'submitting', 'poll', 'store') AND status IN ('queued', 'running') AND due_at < :before
+GROUP BY step
+
+
+-- name: count_failures
+-- The newest jobs that failed since then, by their code, with one of the sentences.
+SELECT error_code, count(*) AS jobs, max(error_message) AS example
+FROM (
+  SELECT error_code, error_message
+  FROM jobs
+  WHERE status = 'error' AND (created_at, id) > (:since, '')
+  ORDER BY created_at DESC, id DESC
+  LIMIT 200
+)
+GROUP BY error_code
+ORDER BY jobs DESC

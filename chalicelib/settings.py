@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from chalicelib import parameters
-from chalicelib.errors import SettingError
+from chalicelib.errors import ServiceError, SettingError
 
 MAX_DEADLINE = 7 * 86_400  # seconds
 ENV_FILE = Path(__file__).parent.parent / ".env.local"
 
 
 def _text(value: str) -> str:
+    return value
+
+
+def _key(value: str) -> str:
+    if not re.fullmatch(r"[!-~]+", value) or value[0] in "\"'":
+        raise ValueError("the key itself, without spaces, quotes or `Bearer`")
     return value
 
 
@@ -97,16 +103,16 @@ def _setting(
 class Settings:
     """Every setting; a field's environment variable is its name in capitals."""
 
-    runpod_api_key: str = _setting("RunPod API key", secret=True)
+    runpod_api_key: str = _setting("RunPod API key", _key, secret=True)
     runpod_endpoint_id: str = _setting("The serverless endpoint that draws", _name)
     runpod_api_base: str = _setting("RunPod's queue API", _url, default="https://api.runpod.ai/v2")
     cloudflare_account_id: str = _setting("Cloudflare account that has the D1 database and the R2 bucket", _name)
-    cloudflare_api_token: str = _setting("API token with D1 Write", secret=True)
+    cloudflare_api_token: str = _setting("API token with D1 Write", _key, secret=True)
     d1_database_id: str = _setting("Id of the D1 database", _name)
     cloudflare_api_base: str = _setting("Cloudflare's API", _url, default="https://api.cloudflare.com/client/v4")
     r2_bucket: str = _setting("Bucket for the pictures", _name, default="ob-ai-results")
-    r2_access_key_id: str = _setting("Access key of an R2 token that may write the bucket")
-    r2_secret_access_key: str = _setting("Its secret", secret=True)
+    r2_access_key_id: str = _setting("Access key of an R2 token that may write the bucket", _key)
+    r2_secret_access_key: str = _setting("Its secret", _key, secret=True)
     r2_endpoint_url: str = _setting("R2's S3 endpoint; empty: made from the account id", _url_or_empty, default="")
     r2_public_base_url: str = _setting(
         "Where the bucket is public; result_url is this and the key. Empty: the bucket is private, and every answer "
@@ -198,6 +204,19 @@ def check(values: Mapping[str, str]) -> None:
     texts = _texts(values, re.compile(""))
     _require(texts)
     _parse({entry: text for entry, text in texts.items() if not text.startswith(parameters.PREFIX)})
+
+
+def survey(values: Mapping[str, str]) -> tuple[Settings, dict[str, ServiceError]]:
+    """Every setting by itself: those that are right, the others empty or at their defaults, and what is wrong there."""
+    parsed: dict[str, Any] = {entry.name: "" for entry in fields(Settings) if entry.default is MISSING}
+    wrong: dict[str, ServiceError] = {}
+    for entry, text in _texts(values, re.compile("")).items():
+        try:
+            _require({entry: text})
+            parsed |= _parse(_read({entry: text}))
+        except ServiceError as error:
+            wrong[entry.name.upper()] = error
+    return Settings(**parsed), wrong
 
 
 def _texts(values: Mapping[str, str], wanted: re.Pattern[str]) -> Texts:

@@ -53,6 +53,20 @@ class Limits:
     stores: int = 200
 
 
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """
+    What the tables say of how the service does: D1's clock in seconds, jobs that are overdue by step, and jobs that
+    failed by code.
+    """
+
+    now: float
+    schema_change: int | None
+    dead_letters: int
+    overdue: dict[str, Row]
+    failures: list[Row]
+
+
 SUSPECT = 3  # claims of a result without a save, from which on it is stored alone
 
 
@@ -252,6 +266,18 @@ class Store:
         values = {"limit": limit, "dead_at": after[0], "id": after[1], "error_code": error_code}
         (rows,) = self._run(["list_dead_letters"], values, timeout=timeout)
         return [Job.from_row(row) for row in rows]
+
+    def tables(self, *, timeout: float) -> set[str]:
+        """The names of the tables that are there."""
+        (rows,) = self._run(["list_tables"], {}, timeout=timeout)
+        return {row["name"] for row in rows}
+
+    def survey(self, *, overdue_before: datetime, failed_since: datetime, timeout: float) -> Survey:
+        """What the tables say of how the service does; proves that they may be written, too."""
+        values = {"before": to_text(overdue_before), "since": to_text(failed_since)}
+        names = ["prove_writing", "read_survey", "count_overdue", "count_failures"]
+        _, (row,), overdue, failures = self._run(names, values, timeout=timeout)
+        return Survey(**row, overdue={line.pop("step"): line for line in overdue}, failures=failures)
 
 
 # What save_changes and record_accepted read of a job; the input and the prompt are never written again.

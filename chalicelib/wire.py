@@ -26,7 +26,14 @@ CONNECT_TIMEOUT = 3.05  # seconds; just over TCP's first retransmission
 IDLE_LIMIT = 30  # seconds a kept connection is trusted for
 CHUNK_BYTES = 65_536
 MAX_RETRY_AFTER = 900.0  # seconds; Cloudflare's lock-out is 300, and a nonsensical value must not stop a job for years
-NAMES = {"d1": "D1", "runpod": "RunPod", "result": "The host of the worker's link"}  # in sentences
+# In sentences.
+NAMES = {
+    "d1": "D1",
+    "runpod": "RunPod",
+    "result": "The host of the worker's link",
+    "public": "The bucket's public address",
+    "webhook": "The address for RunPod's callbacks",
+}
 
 
 @dataclass(frozen=True)

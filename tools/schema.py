@@ -20,7 +20,7 @@ from pathlib import Path
 
 from chalicelib import bootstrap, settings
 from chalicelib.d1 import D1, Row, Statement
-from chalicelib.errors import ServiceError
+from chalicelib.errors import PermanentError, ServiceError
 from chalicelib.jobs import to_text
 from chalicelib.runtime import Clock
 from chalicelib.wire import Wire
@@ -123,7 +123,9 @@ def _look(d1: D1) -> Found:
     asked += [f"SELECT '{table}.' || name AS name FROM pragma_table_info('{table}')" for table in wanted]
     things = {row["name"] for rows in _query(d1, asked) for row in rows}
     if "jobs" in things and "jobs.id" not in things:
-        raise SystemExit("The table `jobs` has no column `id`: it is another program's. Check D1_DATABASE_ID.")
+        raise PermanentError(
+            "d1_other_table", "The table `jobs` has no column `id`: it is another program's. Check D1_DATABASE_ID."
+        )
     (recorded,) = _query(d1, ["SELECT number FROM schema_changes"]) if "schema_changes" in things else [[]]
     return Found(frozenset(things), frozenset(row["number"] for row in recorded))
 

@@ -465,7 +465,24 @@ def test_the_guarded_routes_are_all_but_health_and_the_webhook():
     routes = {(method, path) for path, methods in app.app.routes.items() for method in methods}
     guarded = {(method, path.replace("?id=x", "").replace("/x", "/{job_id}")) for method, path in GUARDED}
 
-    assert routes - guarded == {("GET", "/health"), ("POST", "/webhooks/runpod/{job_id}/{attempt}/{token}")}
+    assert routes - guarded == {
+        ("GET", "/health"),
+        ("GET", "/api/health"),  # with a key, too; it alone asks nobody
+        ("POST", "/webhooks/runpod/{job_id}/{attempt}/{token}"),
+    }
+
+
+def test_the_monitors_health_wants_a_key(client):
+    assert call(client, "GET", "/api/health", auth={})[0] == 401
+    assert call(client, "GET", "/api/health")[:2] == (200, {"ok": True, "service": "ob-ai-studio"})
+    assert call(client, "GET", "/api/health?deep=0")[0] == 200
+
+
+@pytest.mark.parametrize("deep", ["yes", "true", "2", ""])
+def test_deep_is_0_or_1(client, deep):
+    status, body, _ = call(client, "GET", f"/api/health?deep={deep}")
+
+    assert (status, body["code"]) == (400, "flag_invalid")
 
 
 @pytest.mark.parametrize(("method", "path"), GUARDED)

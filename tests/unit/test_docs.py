@@ -75,7 +75,19 @@ def test_every_code_that_can_end_a_job_is_in_the_table():
     prefixes = tuple(code[:-1] for code in shown if code.endswith("…"))
     codes = set()
     for path in (ROOT / "chalicelib").glob("*.py"):
-        if path.stem in ("api", "auth", "bootstrap", "d1", "inputs", "parameters", "pipeline", "settings", "wire"):
+        if path.stem in (
+            "advice",
+            "api",
+            "auth",
+            "bootstrap",
+            "d1",
+            "health",
+            "inputs",
+            "parameters",
+            "pipeline",
+            "settings",
+            "wire",
+        ):
             continue  # what is refused there ends no job
         text = path.read_text(encoding="utf-8")
         codes |= set(re.findall(r'(?:PermanentError|TransientError|_said|_error|_refused|_trouble)\(\s*"(\w+)"', text))
@@ -94,7 +106,18 @@ def test_every_file_of_the_service_is_in_the_map():
             assert re.search(rf"[`/]{path.name}`", listed), path.name
 
 
-@pytest.mark.parametrize("command", ["./run", "./test", "./run --help", ".venv/bin/python -m tools.schema --check"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "./run",
+        "./test",
+        "./run --help",
+        ".venv/bin/python -m tools.schema --check",
+        ".venv/bin/python -m tools.doctor",
+        ".venv/bin/python -m tools.doctor --draw",
+        ".venv/bin/python -m tools.doctor --list",
+    ],
+)
 def test_the_commands_are_there(command):
     assert command in README
     script = command.split()[0]

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from chalicelib.errors import PermanentError
 from chalicelib.jobs import State
 from tests.conftest import Bench
 from tools import schema
@@ -58,7 +59,7 @@ def test_an_added_column_keeps_its_constraint(old, table, empty_d1):
 def test_a_table_of_another_program_is_left_alone(table, empty_d1):
     table("CREATE TABLE jobs (number INTEGER)")
 
-    with pytest.raises(SystemExit, match="another program"):
+    with pytest.raises(PermanentError, match="another program"):
         schema.apply(empty_d1)
 
 
