@@ -94,7 +94,17 @@ def test_every_file_of_the_service_is_in_the_map():
             assert re.search(rf"[`/]{path.name}`", listed), path.name
 
 
-@pytest.mark.parametrize("command", ["./run", "./test", "./run --help", ".venv/bin/python -m tools.schema --check"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "./run",
+        "./test",
+        "./run --help",
+        ".venv/bin/python -m tools.schema --check",
+        ".venv/bin/python -m tools.backup export",
+        ".venv/bin/python -m tools.backup restore",
+    ],
+)
 def test_the_commands_are_there(command):
     assert command in README
     script = command.split()[0]
