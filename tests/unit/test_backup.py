@@ -1,7 +1,12 @@
 """An export holds every row as it is, and a restore adds what is missing, never over what is there."""
 
 import json
+import os
+import re
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -317,3 +322,50 @@ def test_an_export_of_one_engine_is_restored_by_the_other(
     backup.restore(other.connect(), tmp_path / "b.jsonl", clock)
 
     assert everything(other.execute) == before
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def command(cloud_server):
+    env = {**os.environ, **cloud_server.cloud.settings()}
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, "-m", "tools.backup", *args],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+def test_the_commands_say_what_they_did_or_what_is_wrong(command, cloud_server, tmp_path):
+    d1, path = cloud_server.cloud.d1, str(tmp_path / "b.jsonl")
+    for statement in schema.statements():
+        d1.execute(statement)
+    d1.execute("INSERT INTO jobs (id, status, created_at) VALUES ('a', 'done', ?)", AT)
+
+    exported, again = command("export", path), command("export", path)
+    d1.execute("DELETE FROM jobs")
+    restored, nowhere = command("restore", path), command("restore", str(tmp_path / "none"))
+
+    assert (exported.returncode, exported.stdout) == (0, "jobs: 1 rows\njob_events: 0 rows\n")
+    assert (again.returncode, again.stderr) == (1, f"{path} is there already; name another file, or remove it.\n")
+    assert (restored.returncode, restored.stdout) == (0, "jobs: 1 rows added, 0 were there\n")
+    assert (nowhere.returncode, "No such file" in nowhere.stderr) == (1, True)
+
+
+def test_after_readmes_sql_nothing_of_a_restored_table_is_sent(bench, table, empty_d1, tmp_path):
+    job_id = bench.create("a cat")
+    backup.export(empty_d1, tmp_path / "b.jsonl", bench.clock)
+    empty(table)
+    backup.restore(empty_d1, tmp_path / "b.jsonl", bench.clock)
+    sent, calls = len(bench.cloud.runpod.inputs()), bench.cloud.calls["runpod"]
+    (sql,) = re.findall(r"```sql\n(UPDATE jobs SET status = 'cancelled'.*?);\n", (ROOT / "README.md").read_text())
+
+    table(sql)
+    bench.round()
+
+    assert (len(bench.cloud.runpod.inputs()), bench.cloud.calls["runpod"]) == (sent, calls)
+    assert bench.job(job_id).status == "cancelled"
