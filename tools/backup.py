@@ -281,11 +281,9 @@ def _insert_many(table: str, columns: tuple[str, ...], rows: list[Row]) -> State
 
 
 def _insert_one(table: str, columns: tuple[str, ...], row: Row) -> Statement:
-    """The values as parameters. D1 binds every number as REAL, so an integer goes as text."""
-    whole = [isinstance(row[name], int) for name in columns]
-    marks = [f"CAST(?{n} AS INTEGER)" if is_whole else f"?{n}" for n, is_whole in enumerate(whole, start=1)]
-    params = [str(row[name]) if is_whole else row[name] for name, is_whole in zip(columns, whole, strict=True)]
-    return Statement(_into(table, columns, f"VALUES ({', '.join(marks)})"), tuple(params))
+    """The values as parameters. D1 binds numbers as REAL; an integer goes as text, of which its column makes one."""
+    params = tuple(str(row[name]) if isinstance(row[name], int) else row[name] for name in columns)
+    return Statement(_into(table, columns, f"VALUES ({', '.join('?' * len(columns))})"), params)
 
 
 def _into(table: str, columns: tuple[str, ...], source: str) -> str:
