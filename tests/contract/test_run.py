@@ -177,6 +177,16 @@ def test_what_keeps_it_from_starting_is_one_sentence(tmp_path, options, sentence
     assert sentence in answer.stderr
 
 
+def test_a_real_database_that_is_behind_is_told_and_left_alone(tmp_path, cloud_server):
+    real = {name: value for name, value in cloud_server.cloud.settings().items() if name.startswith(("CLOUD", "D1_"))}
+    ports = ["--cloud-port", str(free_port()), "--port", str(free_port())]
+
+    answer = refused("--real", "d1", "--data", str(tmp_path / "data"), *ports, env=real)
+
+    assert (answer.returncode, "tools.schema --check" in answer.stderr) == (1, True)
+    assert cloud_server.cloud.d1.execute("SELECT name FROM sqlite_master") == []
+
+
 def test_one_port_for_both_is_told(tmp_path):
     port = str(free_port())
 

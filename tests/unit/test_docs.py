@@ -113,9 +113,10 @@ def test_every_file_of_the_service_is_in_the_map():
         "./test",
         "./run --help",
         ".venv/bin/python -m tools.schema --check",
-        ".venv/bin/python -m tools.doctor",
         ".venv/bin/python -m tools.doctor --draw",
         ".venv/bin/python -m tools.doctor --list",
+        ".venv/bin/python -m tools.backup export",
+        ".venv/bin/python -m tools.backup restore",
     ],
 )
 def test_the_commands_are_there(command):
