@@ -1,4 +1,4 @@
-"""The zip that Lambda gets: made by Chalice in a copy of the project, checked against requirements.txt, and repacked."""
+"""The zip that Lambda gets: made by Chalice in a copy of the project, held against requirements.txt, and repacked."""
 
 import os
 import re
@@ -22,6 +22,7 @@ WHEELS = ROOT / ".venv" / "lambda" / "wheels"
 SOURCES = ("app.py", "chalicelib", ".chalice", "requirements.txt")
 FRAMEWORK = {"chalice/__init__.py", "chalice/app.py"}
 NOT_SOURCES = shutil.ignore_patterns("__pycache__", "*.pyc", "deployments", "deployed")
+COMPILE = ("-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash")
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip can tell: the same files are the same bytes
 
 Files = dict[str, bytes]
@@ -156,7 +157,7 @@ def shipped(files: Files) -> Files:
 def _ships(path: PurePosixPath) -> bool:
     if path.parts[0].endswith(".dist-info"):
         return path.parts[1:] == ("METADATA",)
-    return path.parts[0] != "bin" and path.suffix not in (".pyi", ".pyc") and path.name != "py.typed"
+    return not {"bin", "tests"} & set(path.parts) and path.suffix not in (".pyi", ".pyc") and path.name != "py.typed"
 
 
 def with_bytecode(files: Files) -> Files:
@@ -168,8 +169,7 @@ def with_bytecode(files: Files) -> Files:
     with tempfile.TemporaryDirectory(prefix="ob-ai-studio-") as folder:
         unpack(files, Path(folder))
         subprocess.run(
-            [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", "-s", folder]
-            + ["-p", "/var/task", folder],
+            [sys.executable, *COMPILE, "-s", folder, "-p", "/var/task", folder],
             env={"PYTHONHASHSEED": "0"},
             check=True,
         )

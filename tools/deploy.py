@@ -28,14 +28,16 @@ APP = "ob-ai-studio"
 
 # What the AWS CLI says, and what to do then.
 ADVICE = {
-    r"Unable to locate credentials|NoCredentials": "There are no AWS credentials. Set AWS_PROFILE, or AWS_ACCESS_KEY_ID "
-    "and AWS_SECRET_ACCESS_KEY, and try again.",
+    r"Unable to locate credentials|NoCredentials": "There are no AWS credentials. Set AWS_PROFILE, or "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and try again.",
     r"config profile .* could not be found": "AWS_PROFILE names a profile that is not there. `aws configure "
     "list-profiles` tells those that are.",
     r"ExpiredToken|InvalidClientTokenId|SignatureDoesNotMatch|SSO session|Token has expired": "AWS does not accept the "
     "credentials; log in anew (`aws sso login`), or take others.",
     r"AccessDenied|UnauthorizedOperation|not authorized": "The credentials lack a right; README, section Deployment, "
     "lists those that are needed.",
+    r"ROLLBACK_(COMPLETE|FAILED) state": "The stack's first deployment failed, and it must be deleted before the next: "
+    "aws cloudformation delete-stack --stack-name STACK, with its name and region.",
     r"Could not connect to the endpoint|EndpointConnection": "AWS cannot be reached; check the network and AWS_REGION.",
 }
 
@@ -74,17 +76,14 @@ def cli(*words: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def package(stage: str, dist: Path) -> dict[str, str]:
-    """Make the stage's template and zip; its values. Raises Problem."""
-    values = template.read_values(ROOT / f".env.{stage}")
+def package(stage: str, values: dict[str, str], folder: Path) -> None:
+    """Make the stage's template and zip in the folder. Raises Problem."""
     made = bundle.build(stage)
-    folder = dist / stage
     folder.mkdir(parents=True, exist_ok=True)
     bundle.write(made.files, folder / "deployment.zip")
     text = json.dumps(template.fill(made.template, values), indent=1)
     (folder / "template.json").write_text(text + "\n", encoding="utf-8")
     _say_what_was_made(folder)
-    return values
 
 
 def _say_what_was_made(folder: Path) -> None:
@@ -96,17 +95,16 @@ def _say_what_was_made(folder: Path) -> None:
     print(f"{folder / 'template.json'}", flush=True)
 
 
-def deploy(stage: str, dist: Path) -> None:
-    """Package the stage and bring its stack to it. Raises Problem."""
-    values = package(stage, dist)
+def deploy(stage: str, values: dict[str, str], folder: Path) -> None:
+    """Bring the stage's stack to what was packaged in the folder. Raises Problem."""
     aws = Aws(region=_region())
     certificate = values.get("DEPLOY_CERTIFICATE_ARN")
     if certificate and certificate.split(":")[3] != aws.region:
         raise Problem(f"DEPLOY_CERTIFICATE_ARN is of another region; the stack's is {aws.region}. Get one there.")
     try:
         bucket = _bucket(aws)
-        _upload(aws, stage, dist / stage, bucket)
-        _apply(aws, stage, dist / stage, bucket)
+        _upload(aws, stage, folder, bucket)
+        _apply(aws, stage, folder, bucket)
         _say_how_to_go_on(_outputs(aws, stage), values, stage)
     except Failed as error:
         raise Problem(_advice(str(error))) from error
@@ -166,9 +164,7 @@ def _apply(aws: Aws, stage: str, folder: Path, bucket: str) -> None:
         if not events:
             raise
         raise Problem(
-            "\n  ".join([f"The stack {stack} could not be brought to this:", *events])
-            + f"\nMend that and deploy again; a stack that is in ROLLBACK_COMPLETE must be deleted first:\n"
-            f"  aws cloudformation delete-stack --stack-name {stack} --region {aws.region}"
+            "\n  ".join([f"The stack {stack} could not be brought to this:", *events]) + "\nMend that and deploy again."
         ) from error
 
 
@@ -220,9 +216,13 @@ def main() -> None:
     parser.add_argument("what", choices=["package", "aws"], help="only make the files, or deploy them too")
     parser.add_argument("--stage", choices=stages(), required=True)
     parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="where they are made (default: %(default)s)")
+    parser.add_argument("--values", type=Path, metavar="FILE", help="the stage's settings (default: .env.STAGE)")
     options = parser.parse_args()
     try:
-        {"package": package, "aws": deploy}[options.what](options.stage, options.dist)
+        values = template.read_values(options.values or ROOT / f".env.{options.stage}")
+        package(options.stage, values, options.dist / options.stage)
+        if options.what == "aws":
+            deploy(options.stage, values, options.dist / options.stage)
     except Problem as problem:
         sys.exit(f"./deploy: {problem}")
 

@@ -63,7 +63,9 @@ def _check_secrets(values: Mapping[str, str]) -> None:
         value = values.get(name, "")
         if value.startswith(parameters.PREFIX):
             if not re.fullmatch(PARAMETER, value.removeprefix(parameters.PREFIX)):
-                raise Problem(f"{name} must be ssm:/name, where the name has letters, digits, dots, dashes and slashes.")
+                raise Problem(
+                    f"{name} must be ssm:/name, where the name has letters, digits, dots, dashes and slashes."
+                )
         elif value and name in settings.SECRETS:
             raise Problem(
                 f"{name} is a secret and may not stand here. Put it into SSM Parameter Store: aws ssm put-parameter "
@@ -115,7 +117,7 @@ def _rights(values: Mapping[str, str]) -> list[Template]:
     Parameters under the account's own key aws/ssm need no right on the key:
     https://docs.aws.amazon.com/kms/latest/developerguide/services-parameter-store.html
     """
-    rights = []
+    rights: list[Template] = []
     if names := _parameters(values):
         arn = "arn:${AWS::Partition}:ssm:${AWS::Region}:${AWS::AccountId}:parameter"
         resources = [{"Fn::Sub": f"{arn}{name}"} for name in names]
@@ -123,12 +125,12 @@ def _rights(values: Mapping[str, str]) -> list[Template]:
             {"Sid": "ReadSettings", "Effect": "Allow", "Action": ["ssm:GetParameters"], "Resource": resources}
         )
     if bucket := values.get("SPOOL_BUCKET"):
-        arn = {"Fn::Sub": f"arn:${{AWS::Partition}}:s3:::{bucket}"}
+        itself = {"Fn::Sub": f"arn:${{AWS::Partition}}:s3:::{bucket}"}
         objects = {"Fn::Sub": f"arn:${{AWS::Partition}}:s3:::{bucket}/spool/*"}
         rights += [
             {"Sid": "Spool", "Effect": "Allow", "Action": ["s3:GetObject", "s3:PutObject"], "Resource": objects},
             # Without it S3 answers 403 instead of 404 for what is gone.
-            {"Sid": "SeeWhatIsGone", "Effect": "Allow", "Action": ["s3:ListBucket"], "Resource": arn},
+            {"Sid": "SeeWhatIsGone", "Effect": "Allow", "Action": ["s3:ListBucket"], "Resource": itself},
         ]
     return rights
 

@@ -1,4 +1,4 @@
-"""Does to templates what CloudFormation does first: `python expand_sam.py IN OUT …` writes each without SAM's own types."""
+"""Does to a template what CloudFormation does first: `python expand_sam.py FOLDER` writes each `sam-X` as `cfn-X`."""
 
 import json
 import sys
@@ -18,9 +18,10 @@ def expand(template):
 
 
 def main():
-    pairs = iter(sys.argv[1:])
-    for source, target in zip(pairs, pairs):
-        Path(target).write_text(json.dumps(expand(json.loads(Path(source).read_text()))))
+    folder = Path(sys.argv[1])
+    for path in folder.glob("sam-*.json"):
+        expanded = expand(json.loads(path.read_text()))
+        (folder / path.name.replace("sam-", "cfn-", 1)).write_text(json.dumps(expanded))
 
 
 if __name__ == "__main__":
