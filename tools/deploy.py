@@ -38,6 +38,7 @@ ADVICE = {
     "lists those that are needed.",
     r"ROLLBACK_(COMPLETE|FAILED) state": "The stack's first deployment failed, and it must be deleted before the next: "
     "aws cloudformation delete-stack --stack-name STACK, with its name and region.",
+    r"\(403\)": "The credentials lack a right, or the bucket is another account's.",
     r"Could not connect to the endpoint|EndpointConnection": "AWS cannot be reached; check the network and AWS_REGION.",
 }
 
