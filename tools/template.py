@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tools import Problem
 
 FUNCTIONS = {"APIHandler": "ApiHandlerRole", "PollJobs": "PollJobsRole"}
 SETTINGS = [entry.name.upper() for entry in fields(settings.Settings)]
+REQUIRED = [entry.name.upper() for entry in fields(settings.Settings) if entry.default is MISSING]
 DEPLOY_VALUES = {
     "DEPLOY_DOMAIN": r"([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}",
     "DEPLOY_CERTIFICATE_ARN": r"arn:aws[a-z-]*:acm:[a-z0-9-]+:[0-9]{12}:certificate/[0-9a-f-]+",
@@ -38,6 +39,7 @@ def read_values(path: Path) -> dict[str, str]:
     try:
         values = {name: value.strip() for name, value in settings.read_env_file(path).items() if value.strip()}
         _check_names(values)
+        _check_complete(values)
         _check_secrets(values)
         if "DEPLOY_DOMAIN" in values:
             values.setdefault("PUBLIC_BASE_URL", f"https://{values['DEPLOY_DOMAIN']}")
@@ -56,6 +58,11 @@ def _check_names(values: Mapping[str, str]) -> None:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else "README has the table of settings."
             raise Problem(f"There is no setting {name}; {hint}")
+
+
+def _check_complete(values: Mapping[str, str]) -> None:
+    if missing := [name for name in REQUIRED if name not in values]:
+        raise Problem(f"It lacks {', '.join(missing)}; README has the table of settings.")
 
 
 def _check_secrets(values: Mapping[str, str]) -> None:

@@ -55,7 +55,7 @@ def test_a_secret_that_stands_in_the_file_is_refused_without_being_shown(read, n
         ({"RUNPOD_APIKEY": "x"}, "no setting RUNPOD_APIKEY; did you mean RUNPOD_API_KEY?"),
         ({"QUITE_ANOTHER": "x"}, "no setting QUITE_ANOTHER; README has the table"),
         ({"AWS_REGION": "x"}, "no setting AWS_REGION"),
-        ({"D1_DATABASE_ID": ""}, "Setting D1_DATABASE_ID .* is missing"),
+        ({"D1_DATABASE_ID": "", "R2_ACCESS_KEY_ID": ""}, "It lacks D1_DATABASE_ID, R2_ACCESS_KEY_ID;"),
         ({"MAX_ATTEMPTS": "many"}, "Setting MAX_ATTEMPTS is malformed"),
         ({"MAX_ATTEMPTS": "ssm:ob/../*"}, "MAX_ATTEMPTS must be ssm:/name"),
         ({"RUNPOD_API_KEY": "ssm:/ob/*"}, "RUNPOD_API_KEY must be ssm:/name"),
