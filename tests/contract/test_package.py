@@ -282,16 +282,20 @@ def deployed(packaged, functions, aws, tmp_path_factory):
     shutil.rmtree(folder)
 
 
-def put_secrets(aws, values):
-    ssm = boto3.session.Session().client(
+def ssm(aws):
+    return boto3.session.Session().client(
         "ssm",
         endpoint_url=aws["AWS_ENDPOINT_URL"],
         region_name=aws["AWS_REGION"],
         aws_access_key_id="test",
         aws_secret_access_key="test",
     )
+
+
+def put_secrets(aws, values):
+    client = ssm(aws)
     for name, value in values.items():
-        ssm.put_parameter(Name=SECRETS[name].removeprefix("ssm:"), Value=value, Type="SecureString")
+        client.put_parameter(Name=SECRETS[name].removeprefix("ssm:"), Value=value, Type="SecureString")
 
 
 def test_a_picture_goes_all_the_way_through_the_zip(deployed):
@@ -628,6 +632,20 @@ def test_a_stack_is_made_and_made_again(packaged, aws, tmp_path):
     assert [line.split()[3] for line in made] == ["head-bucket", "create-bucket", "put-public-access-block"]
     assert "create-bucket" not in second.stdout
     assert "ob-ai-studio-deploy-123456789012-us-east-1" in second.stdout
+
+
+def test_readmes_loop_puts_a_secret_into_the_parameter_store(packaged, aws):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (loop,) = re.findall(r"^for name in .+?^done; unset value$", readme, flags=re.MULTILINE | re.DOTALL)
+    one = re.sub(r"in .+; do", "in WEBHOOK_SECRET; do", loop, count=1)
+    environment = {**aws, "PATH": os.defpath, "AWS_DEFAULT_REGION": aws["AWS_REGION"]}
+
+    subprocess.run(
+        ["sh", "-c", one], cwd=ROOT, env=environment, input="typed by hand\n", text=True, capture_output=True
+    )
+
+    found = ssm(aws).get_parameter(Name="/ob-ai-studio/prod/WEBHOOK_SECRET", WithDecryption=True)["Parameter"]
+    assert (found["Type"], found["Value"]) == ("SecureString", "typed by hand")
 
 
 def test_another_python_is_refused(tmp_path):
