@@ -8,7 +8,6 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from email import message_from_bytes
 from pathlib import Path, PurePosixPath
@@ -93,22 +92,24 @@ def _names_below(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def check(files: Iterable[str] | Files, requirements: str, sources: set[str]) -> None:
+def check(files: Files, requirements: str, sources: set[str]) -> None:
     """
     Raise Problem unless the files are those of every requirement, in its version, and of the service, and no others.
 
     Chalice leaves out what it finds no wheel for, and calls that a success.
     """
-    contents = dict(files) if isinstance(files, dict) else dict.fromkeys(files, b"")
-    wanted, there = pinned(requirements), _distributions(contents)
+    wanted, there = pinned(requirements), _distributions(files)
     if lacking := [f"{name}=={version}" for name, version in wanted.items() if there.get(name) != version]:
-        raise Problem(f"The zip lacks what requirements.txt names: {', '.join(lacking)}.")
+        raise Problem(
+            f"The zip lacks what requirements.txt names: {', '.join(lacking)}. Name a version that has a wheel for "
+            "arm64 and Python 3.13."
+        )
     if others := sorted(there.keys() - wanted.keys()):
         raise Problem(f"The zip has what requirements.txt does not name: {', '.join(others)}. Pin it there.")
-    recorded = _recorded(contents)
-    if lost := sorted(recorded - contents.keys()):
+    recorded = _recorded(files)
+    if lost := sorted(recorded - files.keys()):
         raise Problem(f"The zip lacks parts of its packages: {', '.join(lost[:5])}.")
-    if strays := sorted(contents.keys() - recorded - sources - FRAMEWORK):
+    if strays := sorted(files.keys() - recorded - sources - FRAMEWORK):
         raise Problem(f"The zip has files of nobody: {', '.join(strays[:5])}.")
 
 

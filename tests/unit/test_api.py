@@ -609,7 +609,7 @@ def test_the_schedule_is_named_and_timed_as_deployed(request):
     assert (source.name, source.handler_string) == ("poll_jobs", "app.poll_jobs")
     assert source.schedule_expression.to_string() == "rate(1 minute)"
     assert config["app_name"] == "ob-ai-studio"
-    seconds = config["stages"]["dev"]["lambda_functions"]["poll_jobs"]["lambda_timeout"]
+    seconds = config["lambda_functions"]["poll_jobs"]["lambda_timeout"]
     assert seconds * 1000 == schedule.TIMEOUT_MS == 58_000
 
 
