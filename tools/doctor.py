@@ -66,7 +66,8 @@ def look(values: Mapping[str, str], *, key: str = "", clock: Clock | None = None
 def _unknown_names(values: Mapping[str, str]) -> Iterator[Finding]:
     """Names that are nearly ours; the environment is full of others."""
     for name in values:
-        if name not in NAMES and (near := difflib.get_close_matches(name, NAMES, n=1, cutoff=0.85)):
+        ours = name in NAMES or name.startswith(("AWS_", "DEPLOY_"))  # the latter are ./deploy's
+        if not ours and (near := difflib.get_close_matches(name, NAMES, n=1, cutoff=0.85)):
             yield Finding("settings", f"{name} is no setting; {near[0]} is one.", "setting_unknown")
 
 

@@ -21,16 +21,12 @@ import urllib.request
 from pathlib import Path
 from types import FrameType
 
-from tools import processes
+from tools import Problem, processes
 
 READY_SECONDS = 30.0
 CLOUDS = {"runpod": ("RUNPOD_",), "d1": ("CLOUDFLARE_", "D1_"), "r2": ("R2_",)}
 FOR_CHALICE = ("RUNPOD_", "CLOUDFLARE_", "D1_", "R2_", "RESULT_", "PUBLIC_", "WEBHOOK_")  # settings of the local cloud
 EXAMPLE_PROMPT = "แมวสีส้มนั่งบนดวงจันทร์ - an orange cat on the moon"
-
-
-class Problem(Exception):
-    """Raised when it cannot start, with the sentence to show."""
 
 
 def read_arguments() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-# Sourced by ./run and ./test: finds a Python, makes .venv and installs what the requirements files name, if that is not done yet.
+# Sourced by ./run, ./test and ./deploy: finds a Python, makes .venv and installs what the requirements files name, if that is not done yet.
 
 say() { echo "$(basename "$0"): $*" >&2; }
 
@@ -27,22 +27,34 @@ install() {
   echo "$wanted" > .venv/installed
 }
 
-# For ./test: the real engines that check the local cloud. One that cannot be had here stops nothing; the tests say so.
+# For ./test: the real engines that check the local cloud, and what packages. One that cannot be had here stops nothing;
+# the tests say so.
 install_engines() {
   engine miniflare tests/engines/package-lock.json
   engine seaweedfs requirements-engines.txt
+  engine lambda requirements.txt requirements-deploy.txt
 }
 
 engine() {
-  wanted=$(cksum < "$2")
-  [ "$(cat ".venv/$1.installed" 2>/dev/null)" = "$wanted" ] && return
-  say "installing $1, with which the tests check the local cloud (once)"
-  rm -f ".venv/$1.installed"
-  if "install_$1" > ".venv/$1.log" 2>&1; then
-    echo "$wanted" > ".venv/$1.installed"
-  else
-    say "$1 could not be installed; what it checks is left out. All that was said is in .venv/$1.log."
-  fi
+  install_once "$@" || say "$1 could not be installed; what it checks is left out. All that was said is in .venv/$1.log."
+}
+
+# For ./deploy, which needs nothing else.
+install_for_deploy() {
+  install_once lambda requirements.txt requirements-deploy.txt && return
+  grep -i error .venv/lambda.log | tail -n 3 >&2
+  say "What packages the service could not be installed; it needs Python 3.13 and a network. All that was said is in .venv/lambda.log."
+  exit 1
+}
+
+# install_once NAME FILE…: installs what the files name, if that is not done yet.
+install_once() {
+  name=$1 && shift
+  wanted=$(cat "$@" | cksum)
+  [ "$(cat ".venv/$name.installed" 2>/dev/null)" = "$wanted" ] && return
+  say "installing $name (once)"
+  mkdir -p .venv && rm -f ".venv/$name.installed"
+  "install_$name" > ".venv/$name.log" 2>&1 && echo "$wanted" > ".venv/$name.installed"
 }
 
 install_miniflare() {
@@ -51,6 +63,27 @@ install_miniflare() {
   # The install scripts would only fetch again what the packages for this platform bring.
   npm ci --prefix .venv/miniflare --ignore-scripts --engine-strict --no-audit --no-fund --fetch-retries 1 &&
     .venv/miniflare/node_modules/.bin/workerd --version
+}
+
+# Lambda's Python, by its number: what is called python3.13 may be a stand-in that runs nothing.
+find_lambda_python() {
+  for candidate in python3.13 python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python3.13; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+install_lambda() {
+  python=$(find_lambda_python) || { echo "error: Python 3.13, which the functions run, was not found"; return 1; }
+  rm -rf .venv/lambda && "$python" -m venv .venv/lambda || return 1
+  pip=".venv/lambda/bin/python -m pip --quiet --retries 1 --timeout 30 --disable-pip-version-check"
+  wheels="$pip download --only-binary :all: --dest .venv/lambda/wheels -r requirements.txt"
+  # The wheels for this machine tell Chalice what is needed; those for Lambda's own go into the zip.
+  $pip install -r requirements-deploy.txt && $wheels && $wheels --no-deps --implementation cp --python-version 3.13 \
+    --abi cp313 --abi abi3 --abi none --platform manylinux2014_aarch64 --platform manylinux_2_28_aarch64
 }
 
 install_seaweedfs() {

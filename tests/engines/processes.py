@@ -20,7 +20,11 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 ROOT = Path(__file__).parents[2]
-NAMES = {"miniflare": "D1's own engine under miniflare", "seaweedfs": "the S3 server SeaweedFS"}
+NAMES = {
+    "miniflare": "D1's own engine under miniflare",
+    "seaweedfs": "the S3 server SeaweedFS",
+    "lambda": "the package for Lambda, in AWS's own runtime client under Python 3.13",
+}
 BUCKET = "ob-ai-results"
 START_SECONDS = 30.0
 STOP_SECONDS = 10.0

@@ -1,17 +1,22 @@
 """What README claims is what the code does."""
 
+import json
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 import app
 from chalicelib import settings
 from chalicelib.errors import REQUEST_STATUS
 from chalicelib.jobs import STATUS_OF, TRANSITIONS, State
+from tools import template
 
 ROOT = Path(__file__).parents[2]
+TEMPLATE = yaml.safe_load((ROOT / ".chalice" / "template.yaml").read_text(encoding="utf-8"))
+COMMANDS = ["./run", "./test", "./run --help", "./deploy package --stage prod", "./deploy aws --stage prod"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -98,6 +103,37 @@ def test_every_code_that_can_end_a_job_is_in_the_table():
     assert {code for code in codes if code not in shown and not code.startswith(prefixes)} == set()
 
 
+def test_every_code_of_the_gateway_is_in_its_table_with_its_status():
+    rows = re.findall(r"^\| ([45].+?) \| `(\w+)` \|", section("Errors of the gateway"), flags=re.MULTILINE)
+    shown = {(status, code) for statuses, code in rows for status in statuses.split(", ")}
+    answers = TEMPLATE["Resources"]["RestAPI"]["Properties"]["GatewayResponses"]
+
+    assert shown == {
+        (
+            answer.get("StatusCode") or kind.removeprefix("DEFAULT_").lower(),
+            json.loads(answer["ResponseTemplates"]["application/json"])["code"],
+        )
+        for kind, answer in answers.items()
+    }
+
+
+def test_every_value_of_a_deployment_is_in_its_table():
+    rows = re.findall(r"^\| `(DEPLOY_\w+)` \|", section("Deployment"), flags=re.MULTILINE)
+
+    assert rows == list(template.DEPLOY_VALUES)
+
+
+def test_the_example_of_a_stages_settings_is_accepted(tmp_path):
+    example = re.search(r"```sh\n(RUNPOD_ENDPOINT_ID=.+?)```", section("Deployment"), flags=re.DOTALL)
+    (tmp_path / ".env.prod").write_text(example[1])
+
+    values = template.read_values(tmp_path / ".env.prod")
+
+    secrets = {name for name, value in values.items() if value.startswith("ssm:")}
+    loop = re.search(r"^for name in (.+); do$", section("Deployment"), flags=re.MULTILINE)
+    assert secrets == set(loop[1].split()) == settings.SECRETS
+
+
 def test_every_file_of_the_service_is_in_the_map():
     listed = section("The files, in reading order")
 
@@ -111,6 +147,8 @@ def test_every_file_of_the_service_is_in_the_map():
     [
         "./run",
         "./test",
+        "./deploy package --stage prod",
+        "./deploy aws --stage prod",
         "./run --help",
         ".venv/bin/python -m tools.schema --check",
         ".venv/bin/python -m tools.doctor --draw",
