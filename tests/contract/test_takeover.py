@@ -4,7 +4,6 @@ README's move from the earlier version, and back, over real sockets and with the
 What happens is told: pytest -s tests/contract/test_takeover.py.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -275,32 +274,32 @@ def move(stage, old_client, api):
     stage.tell("6. every job has ended:")
     stage.tell_jobs()
     assert stage.table(NOT_TAKEN_UP) == []
-    stage.command("tools.schema", "--check")
-    if importlib.util.find_spec("tools.doctor"):
-        stage.command("tools.doctor")
+    said = stage.command("tools.doctor")
+    assert "its schema is at change" in said
     return schedule
 
 
+def create(api, prompt, given=None):
+    """Create a job with a key; its id."""
+    body = {"prompt": prompt, "input": {"prompt": prompt, **given}} if given else {"prompt": prompt}
+    return requests.post(f"{api}/api/queue/create", json=body, headers=AUTH, timeout=10).json()["id"]
+
+
 def close(stage, api):
-    """Step 7; what a client without a key is told, and one that has one."""
+    """Step 7: what a client without a key is told, one that has one, and a job whose send has no answer."""
     wait(lambda: answers(api))
     refused = requests.post(f"{api}/api/queue/create", json={"prompt": "no key"}, timeout=10)
     stage.tell(f"7. ALLOW_ANONYMOUS=false; without a key: {refused.status_code} {refused.json()['code']}")
+    lost = create(api, LOST)
     client = Client("with a key", api, headers=AUTH)
     client.wait_for(4)
     client.stop()
-    return refused.status_code, client
+    return refused.status_code, client, lost
 
 
-def go_back(stage, schedule, api, routes):
+def go_back(stage, schedule, api, routes, lost):
     """The way back, with jobs of the new code at every step of their life."""
-
-    def create(prompt, given=None):
-        body = {"prompt": prompt, "input": {"prompt": prompt, **given}} if given else {"prompt": prompt}
-        return requests.post(f"{api}/api/queue/create", json=body, headers=AUTH, timeout=10).json()["id"]
-
-    lost, long = create(LOST), create("waits for ever", FOR_EVER)
-    last = [create(f"the last but {n}") for n in range(3)]
+    long, last = create(api, "waits for ever", FOR_EVER), [create(api, f"the last but {n}") for n in range(3)]
     steps = {row["id"]: row["step"] for row in stage.table(LIVE)}
     stage.tell(f"And back. 1. creates are stopped; live jobs are at {dict(Counter(steps.values()))}")
     wait(lambda: set(row["id"] for row in stage.table(LIVE)) == {long})
@@ -338,8 +337,8 @@ def rehearse(stage):
     old_client = Client("without a key", routes.url)
     stage.at_end(old_client.stop)
     schedule = move(stage, old_client, open_api)
-    refused, new_client = close(stage, closed_api)
-    back_client, seen = go_back(stage, schedule, closed_api, routes)
+    refused, new_client, lost = close(stage, closed_api)
+    back_client, seen = go_back(stage, schedule, closed_api, routes, lost)
     timelines = {}
     for row in stage.table("SELECT job_id, event FROM job_events ORDER BY job_id, version, n"):
         timelines.setdefault(row["job_id"], []).append(row["event"])
@@ -392,14 +391,14 @@ def test_no_client_is_refused_or_forgotten_on_the_way(left):
 
 
 def test_no_job_is_sent_twice_but_where_its_timeline_says_that_it_may_be(left):
-    extra = {}
+    twice = set()
     for row in left.jobs:
         told = left.timelines.get(row["id"], []).count("possible_duplicate")
         assert left.runs[row["prompt"]] <= 1 + told, (row, left.timelines.get(row["id"]))
         if left.runs[row["prompt"]] > 1:
-            extra[row["id"]] = told
+            twice.add(row["id"])
 
-    assert extra == {left.old["running without an id"]: 1, left.seen["lost"]: 1}
+    assert twice >= {left.old["running without an id"], left.seen["lost"]}
 
 
 def test_no_picture_is_put_over_another(left):
