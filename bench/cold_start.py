@@ -14,10 +14,11 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-R2 = "from chalicelib.r2 import R2; R2(endpoint_url='http://127.0.0.1:9', bucket='b', access_key_id='k',"
+KEYS = "from chalicelib.credentials import Credential; keys = Credential(('k', 's'))"
+R2 = f"from chalicelib.r2 import R2; {KEYS}; R2(endpoint_url='http://127.0.0.1:9', bucket='b', keys=keys,"
 CASES = {
     "import of app": "import app",
-    "import of app, and R2's client": f"import app; {R2} secret_access_key='s', public_base_url='')._connect()",
+    "import of app, and R2's client": f"import app; {R2} public_base_url='')._connect()",
     "import of app, and SSM's client": "import app; from chalicelib import parameters; parameters._connect()",
 }
 TIMED = "import sys, time; sys.path[:0] = sys.argv[1:]; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
