@@ -214,7 +214,8 @@ def _jobs(said: Survey) -> list[Finding]:
     found = []
     for line in said.failures:
         refused = line["error_code"] == "runpod_refused"
-        sentence = f"{_jobs_have(line['jobs'])} failed within a day with {line['error_code']}: {line['example']}"
+        code = line["error_code"] or "no code"  # as those of the earlier version
+        sentence = f"{_jobs_have(line['jobs'])} failed within a day with {code}: {line['example']}"
         found.append(Finding("jobs", sentence, "jobs_refused" if refused else "jobs_failed"))
     if said.dead_letters:
         sentence = f"{_jobs_have(said.dead_letters)} a result that could not be stored."

@@ -166,6 +166,8 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="have a picture drawn as well, for which RunPod is paid")
     parser.add_argument("--list", action="store_true", help="only list whatever can be found, and the mends")
     options = parser.parse_args()
+    if "AWS_REGION" in os.environ:  # which the AWS CLI knows, and boto3 does not
+        os.environ.setdefault("AWS_DEFAULT_REGION", os.environ["AWS_REGION"])
     if options.list:
         _list()
         return

@@ -76,7 +76,7 @@ def test_parameters_are_read_once_a_container(in_ssm, d1, clock):
 @pytest.mark.parametrize("name", ["CLOUDFLARE_API_TOKEN", "RUNPOD_API_KEY"])
 def test_a_key_that_was_changed_costs_no_request(in_ssm, d1, cloud, clock, name):
     right = cloud.settings()[name]
-    in_ssm.put(name, "the key before")
+    in_ssm.put(name, "the-key-before")
     service = service_of(in_ssm, clock)
     in_ssm.put(name, right)
 
