@@ -18,9 +18,10 @@ from tools import Problem
 ROOT = Path(__file__).parent.parent
 RUNTIME = (3, 13)
 WHEELS = ROOT / ".venv" / "lambda" / "wheels"
-SOURCES = ("app.py", "chalicelib", ".chalice", "requirements.txt")
+SERVICE = ("app.py", "chalicelib")
+SOURCES = (*SERVICE, ".chalice", "requirements.txt")
 FRAMEWORK = {"chalice/__init__.py", "chalice/app.py"}
-NOT_SOURCES = shutil.ignore_patterns("__pycache__", "*.pyc", "deployments", "deployed")
+NOT_SOURCES = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "*~", "deployments", "deployed")
 COMPILE = ("-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash")
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip can tell: the same files are the same bytes
 
@@ -45,7 +46,8 @@ def build(stage: str) -> Bundle:
         _run_chalice(project, made, stage)
         with zipfile.ZipFile(made / "deployment.zip") as archive:
             files = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
-        check(files, (ROOT / "requirements.txt").read_text(encoding="utf-8"), _names_below(project))
+        service = {name for name in _names_below(project) if name.split("/")[0] in SERVICE}
+        check(files, (ROOT / "requirements.txt").read_text(encoding="utf-8"), service)
         return Bundle(files=with_bytecode(shipped(files)), template=_load_template(made))
 
 
@@ -92,7 +94,7 @@ def _names_below(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def check(files: Files, requirements: str, sources: set[str]) -> None:
+def check(files: Files, requirements: str, service: set[str]) -> None:
     """
     Raise Problem unless the files are those of every requirement, in its version, and of the service, and no others.
 
@@ -106,10 +108,10 @@ def check(files: Files, requirements: str, sources: set[str]) -> None:
         )
     if others := sorted(there.keys() - wanted.keys()):
         raise Problem(f"The zip has what requirements.txt does not name: {', '.join(others)}. Pin it there.")
-    recorded = _recorded(files)
-    if lost := sorted(recorded - files.keys()):
-        raise Problem(f"The zip lacks parts of its packages: {', '.join(lost[:5])}.")
-    if strays := sorted(files.keys() - recorded - sources - FRAMEWORK):
+    expected = _recorded(files) | service | FRAMEWORK
+    if lost := sorted(expected - files.keys()):
+        raise Problem(f"The zip lacks parts of what it should hold: {', '.join(lost[:5])}.")
+    if strays := sorted(files.keys() - expected):
         raise Problem(f"The zip has files of nobody: {', '.join(strays[:5])}.")
 
 

@@ -95,7 +95,7 @@ def dist(name, version, *files):
 
 
 REQUIREMENTS = "# a comment\nrequests==2.34.2\ncharset-normalizer==3.5.2\n"
-SOURCES = {"app.py", "chalicelib/api.py", "requirements.txt"}
+SERVICE = {"app.py", "chalicelib/api.py"}
 FILES = {
     "app.py": b"",
     "chalicelib/api.py": b"",
@@ -107,7 +107,7 @@ FILES = {
 
 
 def test_a_zip_with_all_that_is_named_passes():
-    bundle.check(FILES, REQUIREMENTS, SOURCES)
+    bundle.check(FILES, REQUIREMENTS, SERVICE)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,8 @@ def test_a_zip_with_all_that_is_named_passes():
     [
         (dist("requests", "2.34.2", "requests/__init__.py"), {}, "lacks what requirements.txt names: requests==2.34.2"),
         ({}, dist("six", "1.17.0", "six.py"), "does not name: six"),
-        ({"requests/__init__.py": b""}, {}, "lacks parts of its packages: requests/__init__.py"),
+        ({"requests/__init__.py": b""}, {}, "lacks parts of what it should hold: requests/__init__.py"),
+        ({"chalicelib/api.py": b""}, {}, "lacks parts of what it should hold: chalicelib/api.py"),
         ({}, {"chalicelib/left-over.py": b""}, "files of nobody: chalicelib/left-over.py"),
         ({}, {"chalice/cli/__init__.py": b""}, "files of nobody: chalice/cli"),
     ],
@@ -124,12 +125,12 @@ def test_a_zip_that_is_not_what_requirements_txt_says_is_refused(lost, added, se
     files = {name: content for name, content in {**FILES, **added}.items() if name not in lost}
 
     with pytest.raises(Problem, match=sentence):
-        bundle.check(files, REQUIREMENTS, SOURCES)
+        bundle.check(files, REQUIREMENTS, SERVICE)
 
 
 def test_another_version_than_the_pinned_one_is_refused():
     with pytest.raises(Problem, match=r"lacks what requirements\.txt names: requests==9\.9"):
-        bundle.check(FILES, REQUIREMENTS.replace("2.34.2", "9.9"), SOURCES)
+        bundle.check(FILES, REQUIREMENTS.replace("2.34.2", "9.9"), SERVICE)
 
 
 def test_a_requirement_that_is_not_pinned_is_refused():
