@@ -1,5 +1,6 @@
 """AWS SSM Parameter Store: the values of settings whose environment only names them, as `ssm:/name`."""
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,14 +28,15 @@ def read(names: Iterable[str]) -> dict[str, str]:
 
 
 def _connect() -> Any:
-    # Imported here: a service whose environment holds everything needs no SSM.
+    # Imported here: a service whose environment holds everything needs no SSM. AWS_REGION is what the AWS CLI goes by,
+    # and what Lambda sets; boto3 knows only AWS_DEFAULT_REGION.
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
     bounded = Config(connect_timeout=2, read_timeout=3, retries={"mode": "standard", "total_max_attempts": 2})
     try:
-        return boto3.session.Session().client("ssm", config=bounded)
+        return boto3.session.Session().client("ssm", region_name=os.environ.get("AWS_REGION"), config=bounded)
     except BotoCoreError as error:
         raise PermanentError(
             "ssm_refused", f"SSM Parameter Store cannot be asked: {error} Set AWS_REGION.", service="ssm"

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -87,7 +88,7 @@ class Spool:
         import boto3
         from botocore.config import Config
 
-        return boto3.session.Session().client("s3", config=Config(**ONE_TRY))
+        return boto3.session.Session().client("s3", region_name=os.environ.get("AWS_REGION"), config=Config(**ONE_TRY))
 
 
 def _failed(why: str) -> TransientError:

@@ -4,7 +4,7 @@ Writes the tables of the D1 database that the settings name into a file, and bri
     python -m tools.backup export FILE   every row, one JSON line each; FILE must not be there yet
     python -m tools.backup restore FILE  adds the rows that the database does not have; safe to repeat
 
-It reads CLOUDFLARE_ACCOUNT_ID, CLOUDFLARE_API_TOKEN and D1_DATABASE_ID from the environment or .env.local. A row that
+It reads CLOUDFLARE_ACCOUNT_ID, CLOUDFLARE_API_TOKEN and D1_DATABASE_ID from the environment or the file. A row that
 is in the database stays as it is there. The record of the schema's changes is left out: it tells of a database, not of
 jobs.
 """
@@ -25,7 +25,7 @@ from chalicelib.d1 import D1, Row, Statement
 from chalicelib.errors import ServiceError
 from chalicelib.jobs import to_text
 from chalicelib.runtime import Clock
-from tools import schema
+from tools import env_file, schema
 
 FORMAT = "ob-ai-studio backup 1"
 TIMEOUT = 60.0  # seconds, for all tries of a call
@@ -297,9 +297,10 @@ def main() -> None:
     )
     parser.add_argument("action", choices=["export", "restore"])
     parser.add_argument("file", type=Path)
+    env_file.add_option(parser)
     options = parser.parse_args()
     try:
-        d1 = schema.connect()
+        d1 = schema.connect(options.env)
         lines = export(d1, options.file, Clock()) if options.action == "export" else restore(d1, options.file, Clock())
     except (ServiceError, OSError, Problem) as error:
         sys.exit(error.sentence if isinstance(error, ServiceError) else str(error))

@@ -200,7 +200,7 @@ def _say_how_to_go_on(outputs: dict[str, str], values: dict[str, str], stage: st
         lines.append(f"Point {domain} to {outputs['DomainTarget']} (a CNAME). Then the API is https://{domain} too.")
     if "PUBLIC_BASE_URL" not in values:
         lines.append(f"Next: write PUBLIC_BASE_URL={url} into .env.{stage} and deploy again, for RunPod's callbacks.")
-    lines.append(f"To see that all of it works: .venv/bin/python -m tools.doctor --env .env.{stage}")
+    lines.append(f"To see that all of it works: .venv/lambda/bin/python -m tools.doctor --env .env.{stage}")
     print("\n".join(["", *lines]))
 
 

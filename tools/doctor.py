@@ -21,12 +21,12 @@ from pathlib import Path
 from chalicelib import advice, bootstrap, settings
 from chalicelib.advice import Finding, Level, from_error
 from chalicelib.bootstrap import Service
-from chalicelib.errors import ServiceError, SettingError
+from chalicelib.errors import ServiceError
 from chalicelib.jobs import FINAL, Job, State
 from chalicelib.runtime import Clock, Deadline
 from chalicelib.settings import Settings
 from chalicelib.wire import Wire
-from tools import schema
+from tools import env_file, schema
 
 LOOK_SECONDS = 30.0
 DRAW_SECONDS = 600.0
@@ -156,18 +156,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--env",
-        type=Path,
-        default=settings.ENV_FILE,
-        metavar="FILE",
-        help="settings, over which the environment wins (default: .env.local)",
-    )
+    env_file.add_option(parser)
     parser.add_argument("--draw", action="store_true", help="have a picture drawn as well, for which RunPod is paid")
     parser.add_argument("--list", action="store_true", help="only list whatever can be found, and the mends")
     options = parser.parse_args()
-    if "AWS_REGION" in os.environ:  # which the AWS CLI knows, and boto3 does not
-        os.environ.setdefault("AWS_DEFAULT_REGION", os.environ["AWS_REGION"])
     if options.list:
         _list()
         return
@@ -181,8 +173,6 @@ def main() -> None:
 
 
 def _print_findings(options: argparse.Namespace) -> list[Finding]:
-    if not options.env.exists() and options.env != settings.ENV_FILE:
-        raise SettingError("setting_missing", f"{options.env} is not there.")
     values, found = settings.given(env_file=options.env), []
     for finding in look(values, key=os.environ.get("API_KEY", "")):
         print(lines(finding), flush=True)

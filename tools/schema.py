@@ -5,9 +5,8 @@ Brings the D1 database that the settings name to what the code needs, by the num
     python -m tools.schema --check  only says which those are, and what of schema.sql is missing beside them; exit
                                     status 1 if anything is
 
-It reads CLOUDFLARE_ACCOUNT_ID, CLOUDFLARE_API_TOKEN and D1_DATABASE_ID from the environment or .env.local. A change
-only adds, so code that does not know it goes on; no existing value is touched. A database with a change that this
-checkout does not know is left as it is.
+It wants CLOUDFLARE_ACCOUNT_ID, CLOUDFLARE_API_TOKEN and D1_DATABASE_ID. A change only adds, so code that does not know
+it goes on; no existing value is touched. A database with a change that this checkout does not know is left as it is.
 """
 
 import argparse
@@ -24,6 +23,7 @@ from chalicelib.errors import PermanentError, ServiceError
 from chalicelib.jobs import to_text
 from chalicelib.runtime import Clock
 from chalicelib.wire import Wire
+from tools import env_file
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "schema.sql"
@@ -200,10 +200,10 @@ def _unknown(number: int) -> str:
     )
 
 
-def connect() -> D1:
-    """The database that the settings name; raises SettingError."""
+def connect(path: Path) -> D1:
+    """The database that the settings in the environment and in the file name; raises as settings.load() does."""
     clock = Clock()
-    return bootstrap.make_d1(settings.load(only=D1_SETTINGS), Wire(clock), clock)
+    return bootstrap.make_d1(settings.load(env_file=path, only=D1_SETTINGS), Wire(clock), clock)
 
 
 def main() -> None:
@@ -212,15 +212,16 @@ def main() -> None:
         prog="python -m tools.schema", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="only say what is pending or missing")
-    only_check = parser.parse_args().check
+    env_file.add_option(parser)
+    options = parser.parse_args()
     try:
-        d1 = connect()
-        did = [] if only_check else apply(d1)
+        d1 = connect(options.env)
+        did = [] if options.check else apply(d1)
         report = check(d1)
     except ServiceError as error:
         sys.exit(error.sentence)
     print("\n".join([*did, *report.lines()]) or "The database has everything the code needs.")
-    sys.exit(1 if report.pending or report.missing or (only_check and report.unknown) else 0)
+    sys.exit(1 if report.pending or report.missing or (options.check and report.unknown) else 0)
 
 
 if __name__ == "__main__":

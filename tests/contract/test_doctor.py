@@ -376,6 +376,16 @@ def test_the_command_prints_it_and_tells_by_its_status(healthy, tmp_path):
         assert healthy[secret] not in well.stdout + well.stderr + ill.stdout + ill.stderr
 
 
+@pytest.mark.parametrize("command", ["doctor", "schema", "backup export x.jsonl"])
+def test_a_file_of_settings_that_is_not_there_is_named(command):
+    words = [sys.executable, "-m", *f"tools.{command} --env /nowhere/.env.prod".split()]
+
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 2
+    assert "there is no file /nowhere/.env.prod" in done.stderr
+
+
 def test_no_two_are_told_alike():
     sentences = [sickness.sentence for sickness in SICKNESSES.values()]
 

@@ -94,6 +94,13 @@ def test_no_value_is_an_error_that_says_if_to_try_again(ssm, monkeypatch, answer
     assert caught.value.code == code
 
 
+def test_the_region_is_the_one_that_the_aws_cli_goes_by(monkeypatch):
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_REGION", "ap-southeast-1")
+
+    assert parameters._connect().meta.region_name == "ap-southeast-1"
+
+
 def test_nothing_is_asked_where_no_setting_names_a_parameter(environment, monkeypatch):
     monkeypatch.setattr(parameters, "_connect", lambda: pytest.fail("SSM was asked"))
 
