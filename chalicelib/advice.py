@@ -32,6 +32,7 @@ ERRORS = {
     "setting_missing": "Put it into .env.local, or into the stage's file and deploy again.",
     "setting_malformed": "Correct the value.",
     "ssm_refused": "Let whoever runs this read it (ssm:GetParameters), in the account and the region of AWS_REGION.",
+    "ssm_not_asked": "Set AWS_REGION, and AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
     "ssm_unreachable": LATER,
     "account_id_shape": "The id has 32 hexadecimal digits; `npx wrangler whoami` shows it.",
     "database_id_shape": "The id is a UUID, not the database's name; `npx wrangler d1 list` shows both.",

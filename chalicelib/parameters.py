@@ -38,9 +38,7 @@ def _connect() -> Any:
     try:
         return boto3.session.Session().client("ssm", region_name=os.environ.get("AWS_REGION"), config=bounded)
     except BotoCoreError as error:
-        raise PermanentError(
-            "ssm_refused", f"SSM Parameter Store cannot be asked: {error} Set AWS_REGION.", service="ssm"
-        ) from error
+        raise _not_asked(error) from error
 
 
 def _read_few(client: Any, names: list[str]) -> dict[str, str]:
@@ -51,10 +49,14 @@ def _read_few(client: Any, names: list[str]) -> dict[str, str]:
     except ClientError as error:
         raise _failure(str(error.response.get("Error", {}).get("Code", "")), names) from error
     except NoCredentialsError as error:
-        raise _failure("no AWS credentials", names) from error
+        raise _not_asked(error) from error
     except BotoCoreError as error:
         raise TransientError("ssm_unreachable", "SSM Parameter Store did not answer.", service="ssm") from error
     return {entry["Name"]: entry["Value"] for entry in answer["Parameters"]}
+
+
+def _not_asked(error: Exception) -> PermanentError:
+    return PermanentError("ssm_not_asked", f"SSM Parameter Store cannot be asked: {error}", service="ssm")
 
 
 def _failure(code: str, names: list[str]) -> PermanentError | TransientError:

@@ -43,7 +43,7 @@ MARKS = {Level.OK: "ok", Level.WARNING: "warning", Level.ERROR: "ERROR"}
 def look(values: Mapping[str, str], *, key: str = "", clock: Clock | None = None) -> Iterator[Finding]:
     """What is found with these settings; `key` is an API key that the service shall accept."""
     config, wrong = settings.survey(values)
-    yield from (from_error("settings", error) for error in wrong.values())
+    yield from dict.fromkeys(from_error("settings", error) for error in wrong.values())  # the same once
     yield from _unknown_names(values)
     impossible = {
         check: [name for name in wrong if re.match(needed, name)]

@@ -94,6 +94,22 @@ def test_no_value_is_an_error_that_says_if_to_try_again(ssm, monkeypatch, answer
     assert caught.value.code == code
 
 
+def test_without_a_region_or_credentials_it_says_so(monkeypatch):
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+    with pytest.raises(PermanentError, match="You must specify a region") as no_region:
+        parameters.read(["/ob/any"])
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    with pytest.raises(PermanentError, match="Unable to locate credentials") as no_credentials:
+        parameters.read(["/ob/any"])
+
+    assert no_region.value.code == no_credentials.value.code == "ssm_not_asked"
+
+
 def test_the_region_is_the_one_that_the_aws_cli_goes_by(monkeypatch):
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_REGION", "ap-southeast-1")
