@@ -3,8 +3,14 @@
 say() { echo "$(basename "$0"): $*" >&2; }
 
 find_python() {
-  for candidate in python3 python3.13 python3.12 python3.11; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  first_python 'sys.version_info >= (3, 11)' python3 python3.13 python3.12 python3.11
+}
+
+# first_python CONDITION CANDIDATE…: the first that really runs and of which the condition is true.
+first_python() {
+  condition=$1 && shift
+  for candidate; do
+    if "$candidate" -c "import sys; sys.exit(not ($condition))" 2>/dev/null; then
       command -v "$candidate"
       return
     fi
@@ -67,13 +73,7 @@ install_miniflare() {
 
 # Lambda's Python, by its number: what is called python3.13 may be a stand-in that runs nothing.
 find_lambda_python() {
-  for candidate in python3.13 python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python3.13; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))' 2>/dev/null; then
-      command -v "$candidate"
-      return
-    fi
-  done
-  return 1
+  first_python 'sys.version_info[:2] == (3, 13)' python3.13 python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.13*/bin/python3.13
 }
 
 install_lambda() {
