@@ -177,8 +177,8 @@ class Stage:
     def command(self, *words, expect=0, **settings):
         """Run a command of README as a process; what it says."""
         run = subprocess.run(
-            [sys.executable, "-m", *words], cwd=ROOT, env=self._env(**settings), capture_output=True, text=True, timeout=60,
-            check=False,
+            [sys.executable, "-m", *words], cwd=ROOT, env=self._env(**settings), capture_output=True, text=True,
+            timeout=60, check=False,
         )  # fmt: skip
         said = (run.stdout + run.stderr).strip()
         self.tell(f"$ python -m {' '.join(word.rpartition('/')[2] for word in words)}")
