@@ -25,7 +25,7 @@ from chalicelib.d1 import D1, Row, Statement
 from chalicelib.errors import ServiceError
 from chalicelib.jobs import to_text
 from chalicelib.runtime import Clock
-from tools import env_file, schema
+from tools import Problem, env_file, schema
 
 FORMAT = "ob-ai-studio backup 1"
 TIMEOUT = 60.0  # seconds, for all tries of a call
@@ -42,10 +42,6 @@ TYPED = (
     """CASE typeof("{0}") WHEN 'text' THEN 't' || "{0}" WHEN 'integer' THEN 'i' || "{0}" """
     """WHEN 'real' THEN 'r' || printf('%!.17g', "{0}") WHEN 'blob' THEN 'b' END AS "{0}\""""
 )
-
-
-class Problem(Exception):
-    """Raised when it cannot be done, with the sentence to show."""
 
 
 @dataclass(frozen=True)
