@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from random import Random, SystemRandom
 
-from chalicelib import log, settings
+from chalicelib import log, parameters, settings
 from chalicelib.connection import Resolve
 from chalicelib.credentials import Credential, Fresh
 from chalicelib.d1 import D1
@@ -76,7 +76,7 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
     runpod = Runpod(
         wire=wire,
         base_url=config.runpod_api_base,
-        api_key=Credential(config.runpod_api_key, lambda: fresh.get().runpod_api_key),
+        api_key=Credential(config.runpod_api_key, lambda: fresh.get().runpod_api_key, seconds=parameters.CALL_SECONDS),
     )
     store = Store(
         d1=d1,
@@ -89,7 +89,7 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
     bucket = R2(
         endpoint_url=config.r2_endpoint,
         bucket=config.r2_bucket,
-        keys=Credential(_r2_keys(config), lambda: _r2_keys(fresh.get())),
+        keys=Credential(_r2_keys(config), lambda: _r2_keys(fresh.get()), seconds=parameters.CALL_SECONDS),
         public_base_url=config.r2_public_base_url,
     )
     spool = Spool(config.spool_bucket) if config.spool_bucket else None
@@ -149,5 +149,9 @@ def make_d1(
         base_url=config.cloudflare_api_base,
         account_id=config.cloudflare_account_id,
         database_id=config.d1_database_id,
-        token=Credential(config.cloudflare_api_token, (lambda: fresh.get().cloudflare_api_token) if fresh else None),
+        token=Credential(
+            config.cloudflare_api_token,
+            (lambda: fresh.get().cloudflare_api_token) if fresh else None,
+            seconds=parameters.CALL_SECONDS,
+        ),
     )

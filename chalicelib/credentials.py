@@ -14,10 +14,11 @@ T = TypeVar("T")
 
 
 class Credential(Generic[T]):
-    """A key, or two that belong together; without `read_again` it is what it is."""
+    """A key, or two that belong together; without `read_again`, which may take `seconds`, it is what it is."""
 
-    def __init__(self, value: T, read_again: Callable[[], T] | None = None) -> None:
+    def __init__(self, value: T, read_again: Callable[[], T] | None = None, *, seconds: float = 0.0) -> None:
         self.value = value
+        self.seconds = seconds
         self._read_again = read_again
         self._renewing = threading.Lock()
 

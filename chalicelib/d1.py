@@ -113,6 +113,7 @@ class D1:
             headers={"Content-Type": "application/json"},
             body=body,
             timeout=deadline.cap(_one_try(deadline)),
+            within=deadline.left(),
             max_bytes=MAX_ANSWER_BYTES,
         )
         self._watch_rate(reply)

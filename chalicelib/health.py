@@ -11,7 +11,7 @@ from typing import Any
 from chalicelib import advice
 from chalicelib.advice import Finding, from_error
 from chalicelib.content import Content
-from chalicelib.errors import ServiceError
+from chalicelib.errors import PermanentError, ServiceError
 from chalicelib.r2 import R2
 from chalicelib.runpod import Runpod
 from chalicelib.runtime import Clock, Crew, Deadline
@@ -24,7 +24,7 @@ from chalicelib.wire import Reply, Wire
 ONE_CALL = 8.0  # seconds
 MAX_ANSWER_BYTES = 100_000
 OVERDUE = timedelta(minutes=3)  # in which a schedule of every minute has had four tries at least
-ROUND_TAKES = 200  # waiting jobs that a round takes up; so many may be overdue although it runs
+FORGOTTEN = timedelta(hours=1)  # a round takes 200 waiting jobs, so that not even 40,000 wait for so long
 RECENT = timedelta(days=1)
 CLOCK_TOLERANCE = 30  # seconds, beyond what a slow answer makes of it
 FEW_CALLS = 300  # of Cloudflare's 1,200, under which callbacks are left to the rounds
@@ -92,7 +92,7 @@ class Health:
             return [Finding("d1", "The tables are those of the earlier version.", "d1_old_schema")]
         now = self.clock.now()
         said = self.store.survey(
-            overdue_before=now - OVERDUE, failed_since=now - RECENT, timeout=deadline.cap(ONE_CALL)
+            now=now, overdue=OVERDUE, forgotten=FORGOTTEN, recent=RECENT, timeout=deadline.cap(ONE_CALL)
         )
         off = said.now - self.clock.now().timestamp()
         return [*self._d1_itself(said), *_clock(off), *_schedule(said), *_jobs(said)]
@@ -112,17 +112,19 @@ class Health:
     def _look_at_r2(self, deadline: Deadline) -> list[Finding]:
         nonce = new_nonce(self.rng)
         key, text = f"{TESTED_KEY}-{nonce}", nonce.encode()
-        self._put(key, text, deadline)
         try:
+            self._put(key, text, deadline)
             found = self._read_back(key, text, deadline)
+        except PermanentError as error:  # nothing was put
+            return [from_error("r2", error)]
         except ServiceError as error:
             found = [from_error("r2", error)]
         try:
             self.bucket.delete(key, deadline=deadline)
         except ServiceError as error:
-            found.append(
-                Finding("r2", f"The test object {key} could not be removed: {error.sentence}", "r2_not_deleted")
-            )
+            if error.code not in [finding.code for finding in found]:
+                sentence = f"The test object {key} could not be removed: {error.sentence}"
+                found.append(Finding("r2", sentence, "r2_not_deleted"))
         return found
 
     def _put(self, key: str, text: bytes, deadline: Deadline) -> None:
@@ -131,8 +133,11 @@ class Health:
             self.bucket.put(key, content, content_type="text/plain", deadline=deadline)
 
     def _read_back(self, key: str, text: bytes, deadline: Deadline) -> list[Finding]:
-        with self.bucket.read(key, deadline=deadline) as (_, pieces):
-            same = b"".join(pieces) == text
+        try:
+            with self.bucket.read(key, deadline=deadline) as (_, pieces):
+                same = b"".join(pieces) == text
+        except ServiceError as error:
+            return [from_error("r2", error)]
         if not same:
             return [Finding("r2", "The bucket gave back other bytes than were put.", "r2_mismatch")]
         found = Finding("r2", "It takes a file with its checksum, and gives it back.")
@@ -200,13 +205,13 @@ def _clock(off: float) -> list[Finding]:
 
 
 def _schedule(said: Survey) -> list[Finding]:
-    waiting = sum(line["jobs"] for step, line in said.overdue.items() if step in ("submit", "submitting"))
-    running = sum(line["jobs"] for step, line in said.overdue.items() if step in ("poll", "store"))
-    if running or 0 < waiting < ROUND_TAKES:
-        sentence = f"{_jobs_are(running + waiting)} due for over three minutes, and no round has looked."
+    seen = said.rounds
+    none_had = seen["others"] if not seen["had"] else 0
+    if missed := max(seen["polls"], seen["forgotten"], seen["never_seen"], none_had):
+        sentence = f"{_jobs_are(missed)} due for over three minutes, and no round has looked."
         return [Finding("schedule", sentence, "no_rounds")]
-    if waiting:
-        return [Finding("schedule", f"The rounds go on; {waiting} jobs wait to be sent.")]
+    if seen["others"]:
+        return [Finding("schedule", f"The rounds go on; {_jobs_are(seen['others'])} waiting for their turn.")]
     return [Finding("schedule", "No job is overdue.")]
 
 
@@ -215,12 +220,12 @@ def _jobs(said: Survey) -> list[Finding]:
     for line in said.failures:
         refused = line["error_code"] == "runpod_refused"
         code = line["error_code"] or "no code"  # as those of the earlier version
-        sentence = f"{_jobs_have(line['jobs'])} failed within a day with {code}: {line['example']}"
+        sentence = f"{_jobs_have(line['jobs'])} failed of those made within a day, with {code}: {line['example']}"
         found.append(Finding("jobs", sentence, "jobs_refused" if refused else "jobs_failed"))
     if said.dead_letters:
         sentence = f"{_jobs_have(said.dead_letters)} a result that could not be stored."
         found.append(Finding("jobs", sentence, "dead_letters"))
-    return found or [Finding("jobs", "None has failed within a day, and there is no dead letter.")]
+    return found or [Finding("jobs", "None that was made within a day has failed, and there is no dead letter.")]
 
 
 def _jobs_are(number: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from chalicelib.errors import PermanentError, TransientError
 
 PREFIX = "ssm:"
+CALL_SECONDS = 3.0  # that one call may last
 AT_ONCE = 10  # names that GetParameters takes
 # https://docs.aws.amazon.com/systems-manager/latest/APIReference/API_GetParameters.html
 ASKED_LATER = ("ThrottlingException", "InternalServerError", "RequestLimitExceeded")
@@ -14,7 +15,7 @@ ASKED_LATER = ("ThrottlingException", "InternalServerError", "RequestLimitExceed
 
 def read(names: Iterable[str]) -> dict[str, str]:
     """
-    The values of the parameters, by name; of those that are not there, none. In some ten seconds at most.
+    The values of the parameters, by name; of those that are not there, none. In CALL_SECONDS for each ten at most.
 
     Raises PermanentError where reading them is not allowed, TransientError where there is no answer.
     """
@@ -34,7 +35,7 @@ def _connect() -> Any:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
-    bounded = Config(connect_timeout=2, read_timeout=3, retries={"mode": "standard", "total_max_attempts": 2})
+    bounded = Config(connect_timeout=1, read_timeout=2, retries={"mode": "standard", "total_max_attempts": 1})
     try:
         return boto3.session.Session().client("ssm", region_name=os.environ.get("AWS_REGION"), config=bounded)
     except BotoCoreError as error:
@@ -42,16 +43,16 @@ def _connect() -> Any:
 
 
 def _read_few(client: Any, names: list[str]) -> dict[str, str]:
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 
     try:
         answer = client.get_parameters(Names=names, WithDecryption=True)
     except ClientError as error:
         raise _failure(str(error.response.get("Error", {}).get("Code", "")), names) from error
-    except NoCredentialsError as error:
-        raise _not_asked(error) from error
-    except BotoCoreError as error:
+    except (ConnectionError, HTTPClientError) as error:
         raise TransientError("ssm_unreachable", "SSM Parameter Store did not answer.", service="ssm") from error
+    except BotoCoreError as error:  # of this machine: no credentials, a session that is over
+        raise _not_asked(error) from error
     return {entry["Name"]: entry["Value"] for entry in answer["Parameters"]}
 
 

@@ -214,7 +214,7 @@ WHERE jobs.id = json_extract(row.value, '$.id')
   AND jobs.attempt = json_extract(row.value, '$.attempt')
   -- A user's retry wants another run than any that was bought before it.
   AND jobs.attempt > jobs.attempt_base
-  AND jobs.runpod_job_id IS NULL
+  AND coalesce(jobs.runpod_job_id, '') = '' -- a table of the earlier version may have '' as its default
   AND jobs.step IN ('submit', 'submitting')
 
 
@@ -411,16 +411,35 @@ SELECT
   (SELECT count(*) FROM (SELECT 1 FROM jobs WHERE dead_at IS NOT NULL LIMIT 1000)) AS dead_letters
 
 
--- name: count_overdue
--- Jobs that the rounds should have looked at long ago.
-SELECT step, count(*) AS jobs, min(due_at) AS since
-FROM jobs
-WHERE step IN ('submit', 'submitting', 'poll', 'store') AND status IN ('queued', 'running') AND due_at < :before
-GROUP BY step
+-- name: read_signs_of_rounds
+-- Whether rounds look at the jobs: each renews the running ones, as far as it takes, so none of those is due for long. Of the
+-- others many may be due while the rounds go on; then some are not due yet, for a round has just had them. Rows of the
+-- earlier version are taken up by the first round of all.
+SELECT
+  (SELECT count(*) FROM (
+    SELECT 1 FROM jobs WHERE step = 'poll' AND status IN ('queued', 'running') AND due_at < :before LIMIT 1000
+  )) AS polls,
+  (SELECT count(*) FROM (
+    SELECT 1 FROM jobs
+    WHERE step IN ('submit', 'submitting', 'store') AND status IN ('queued', 'running') AND due_at < :before LIMIT 1000
+  )) AS others,
+  (SELECT count(*) FROM (
+    SELECT 1 FROM jobs
+    WHERE step IN ('submit', 'submitting', 'poll', 'store') AND status IN ('queued', 'running') AND due_at >= :before LIMIT 1
+  )) AS had,
+  (SELECT count(*) FROM (
+    SELECT 1 FROM jobs
+    WHERE step IN ('submit', 'submitting', 'poll', 'store') AND status IN ('queued', 'running')
+      AND due_at < :long_before AND due_at > '' LIMIT 1000
+  )) AS forgotten,
+  (SELECT count(*) FROM (
+    SELECT 1 FROM jobs
+    WHERE step IS NULL AND status IN ('queued', 'running') AND coalesce(updated_at, '') < :before LIMIT 1000
+  )) AS never_seen
 
 
 -- name: count_failures
--- The newest jobs that failed since then, by their code, with one of the sentences.
+-- The newest jobs that were made since then and failed, by their code, with one of the sentences.
 SELECT error_code, count(*) AS jobs, max(error_message) AS example
 FROM (
   SELECT error_code, error_message

@@ -210,7 +210,7 @@ class R2:
         try:
             return self._call_once(operation, deadline, params)
         except PermanentError:
-            if not self._keys.renew(keys):
+            if deadline.left() < self._keys.seconds + CALL_SECONDS or not self._keys.renew(keys):
                 raise
             if "Body" in params:
                 params["Body"].seek(0)

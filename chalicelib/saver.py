@@ -180,7 +180,7 @@ class Saver:
             row = rows.get(change.job.id)
             if row is None or _is_superseded(row, change.job):
                 self._cancel(change, deadline)
-            elif row.runpod_job_id is None:
+            elif not row.runpod_job_id:
                 self.keep([change])
 
     def _cancel(self, change: Change, deadline: Deadline) -> None:
@@ -195,4 +195,4 @@ class Saver:
 def _is_superseded(row: Job, ours: Job) -> bool:
     if row.runpod_job_id == ours.runpod_job_id:
         return False
-    return row.runpod_job_id is not None or row.status in FINAL
+    return bool(row.runpod_job_id) or row.status in FINAL

@@ -25,7 +25,7 @@ def _key(value: str) -> str:
 
 
 def _url(value: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", value):
+    if not re.fullmatch(r"https?://[A-Za-z0-9._-]+(:[0-9]{1,5})?(/[^\s?#]*)?", value):
         raise ValueError("an http(s) URL without query")
     return value.rstrip("/")
 

@@ -56,14 +56,14 @@ class Limits:
 @dataclass(frozen=True, kw_only=True)
 class Survey:
     """
-    What the tables say of how the service does: D1's clock in seconds, jobs that are overdue by step, and jobs that
-    failed by code.
+    What the tables say of how the service does: D1's clock in seconds, signs of the rounds, and jobs that failed by
+    code.
     """
 
     now: float
     schema_change: int | None
     dead_letters: int
-    overdue: dict[str, Row]
+    rounds: dict[str, int]
     failures: list[Row]
 
 
@@ -272,12 +272,18 @@ class Store:
         (rows,) = self._run(["list_tables"], {}, timeout=timeout)
         return {row["name"] for row in rows}
 
-    def survey(self, *, overdue_before: datetime, failed_since: datetime, timeout: float) -> Survey:
+    def survey(
+        self, *, now: datetime, overdue: timedelta, forgotten: timedelta, recent: timedelta, timeout: float
+    ) -> Survey:
         """What the tables say of how the service does; proves that they may be written, too."""
-        values = {"before": to_text(overdue_before), "since": to_text(failed_since)}
-        names = ["prove_writing", "read_survey", "count_overdue", "count_failures"]
-        _, (row,), overdue, failures = self._run(names, values, timeout=timeout)
-        return Survey(**row, overdue={line.pop("step"): line for line in overdue}, failures=failures)
+        values = {
+            "before": to_text(now - overdue),
+            "long_before": to_text(now - forgotten),
+            "since": to_text(now - recent),
+        }
+        names = ["prove_writing", "read_survey", "read_signs_of_rounds", "count_failures"]
+        _, (row,), (rounds,), failures = self._run(names, values, timeout=timeout)
+        return Survey(**row, rounds=rounds, failures=failures)
 
 
 # What save_changes and record_accepted read of a job; the input and the prompt are never written again.

@@ -3,6 +3,7 @@
 import contextlib
 import ssl
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from chalicelib.runtime import Clock
 
 CONNECT_TIMEOUT = 3.05  # seconds; just over TCP's first retransmission
 IDLE_LIMIT = 30  # seconds a kept connection is trusted for
+LEAST_SEND = 1.0  # seconds in which a repeat may come to something
 CHUNK_BYTES = 65_536
 MAX_RETRY_AFTER = 900.0  # seconds; Cloudflare's lock-out is 300, and a nonsensical value must not stop a job for years
 # In sentences.
@@ -156,16 +158,28 @@ def exchange_as(
     url: str,
     *,
     headers: Mapping[str, str],
+    timeout: float,
+    within: float | None = None,
     **how: Any,
 ) -> Reply:
-    """Like wire.exchange(), with the key as bearer; a request that is refused is repeated if there is a new key."""
+    """
+    Like wire.exchange(), with the key as bearer; a request that is refused is repeated if there is a new key.
 
-    def send(key: str) -> Reply:
-        return wire.exchange(service, method, url, headers={**headers, "Authorization": f"Bearer {key}"}, **how)
+    All of it `within` so many seconds, or else the `timeout`; where they are too few, the key is not read again.
+    """
+    end = time.monotonic() + (timeout if within is None else within)
+
+    def send(key: str, seconds: float) -> Reply:
+        bearer = {**headers, "Authorization": f"Bearer {key}"}
+        return wire.exchange(service, method, url, headers=bearer, timeout=seconds, **how)
 
     key = credential.value
-    reply = send(key)
-    return send(credential.value) if reply.status in (401, 403) and credential.renew(key) else reply
+    reply = send(key, timeout)
+    if reply.status not in (401, 403) or end - time.monotonic() < credential.seconds + LEAST_SEND:
+        return reply
+    renewed = credential.renew(key)
+    left = end - time.monotonic()
+    return send(credential.value, left) if renewed and left >= LEAST_SEND else reply
 
 
 def _whole(answer: Stream, max_bytes: int) -> bytes:

@@ -63,16 +63,16 @@ def copy_sources(folder: Path) -> None:
 
 
 def _run_chalice(project: Path, made: Path, stage: str) -> None:
-    chalice = Path(sys.executable).parent / "chalice"
+    chalice = [sys.executable, "-c", "from chalice.cli import main; main()"]  # its script has the folder's path in it
     done = subprocess.run(
-        [chalice, "package", "--stage", stage, "--merge-template", ".chalice/template.yaml", made],
+        [*chalice, "package", "--stage", stage, "--merge-template", ".chalice/template.yaml", made],
         cwd=project,
         env={
             "PATH": os.environ.get("PATH", os.defpath),
             "HOME": str(project),
             "AWS_DEFAULT_REGION": "us-east-1",  # Chalice wants one; the template fits every region
             "PIP_NO_INDEX": "1",
-            "PIP_FIND_LINKS": str(WHEELS),
+            "PIP_FIND_LINKS": WHEELS.as_uri(),  # a path with a space would be two
             "PIP_CONFIG_FILE": os.devnull,
         },
         capture_output=True,

@@ -226,6 +226,8 @@ def main() -> None:
             deploy(options.stage, values, options.dist / options.stage)
     except Problem as problem:
         sys.exit(f"./deploy: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("\n./deploy: stopped. What CloudFormation has begun it carries on; deploy again to see the end of it.")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,18 @@ from tools import env_file, schema
 
 LOOK_SECONDS = 30.0
 DRAW_SECONDS = 600.0
-DRAW_EVERY = 5.0  # seconds between two rounds while a picture is drawn
+DRAW_EVERY = 5.0  # seconds between two looks at the job
 PROMPT = "OB AI Studio: a test picture"
 NAMES = tuple(entry.name.upper() for entry in fields(Settings))
 # The checks that cannot be made without these settings, as regular expressions.
-NEEDS = {"d1": "CLOUDFLARE_|D1_", "r2": "R2_|CLOUDFLARE_ACCOUNT_ID", "runpod": "RUNPOD_", "webhook": "PUBLIC_|WEBHOOK_"}
+NEEDS = {
+    "keys": "API_KEY_HASHES|ALLOW_ANONYMOUS",
+    "spool": "SPOOL_BUCKET",
+    "d1": "CLOUDFLARE_|D1_",
+    "r2": "R2_|CLOUDFLARE_ACCOUNT_ID",
+    "runpod": "RUNPOD_",
+    "webhook": "PUBLIC_|WEBHOOK_",
+}
 DRIFT_IS_TOLD_WITH = ("ok", "d1_old_schema", "d1_schema")  # whatever else D1 says, it is not asked again
 NO_FILE = Path(os.devnull)
 MARKS = {Level.OK: "ok", Level.WARNING: "warning", Level.ERROR: "ERROR"}
@@ -74,7 +81,9 @@ def _unknown_names(values: Mapping[str, str]) -> Iterator[Finding]:
 def _key(config: Settings, key: str) -> Iterator[Finding]:
     if not key:
         return
-    hashes = {ending: hashlib.sha256(f"{key}{ending}".encode()).hexdigest() for ending in ("", "\n", "\r\n")}
+    hashes = {
+        ending: hashlib.sha256(f"{key}{ending}".encode("utf-8", "replace")).hexdigest() for ending in ("", "\n", "\r\n")
+    }
     if hashes[""] in config.api_key_hashes:
         yield Finding("keys", "The key in API_KEY is accepted.")
     elif config.api_key_hashes & set(hashes.values()):
@@ -90,12 +99,19 @@ def _drift(config: Settings, clock: Clock) -> Iterator[Finding]:
     except ServiceError as error:
         yield from_error("d1", error)
     else:
+        if report.found.unfit:
+            yield Finding(
+                "d1", f"The table has rules that break the service: {'; '.join(report.found.unfit)}.", "d1_unfit"
+            )
         if report.missing:
             yield Finding("d1", f"The database lacks {', '.join(report.missing)}.", "d1_drift")
 
 
 def draw(values: Mapping[str, str], *, clock: Clock) -> Iterator[Finding]:
-    """Have a picture drawn, for which RunPod is paid, and stored: the service's own way from end to end."""
+    """
+    Have a picture drawn, for which RunPod is paid: it is sent from here, and goes on by the callbacks and the schedule
+    of the deployed service, as any job does.
+    """
     service = bootstrap.build(settings.load(values, env_file=NO_FILE), clock)
     job = service.pipeline.new_job(prompt=PROMPT, model="qwen-image", payload=None)
     try:
@@ -108,10 +124,9 @@ def draw(values: Mapping[str, str], *, clock: Clock) -> Iterator[Finding]:
 
 
 def _wait_for(service: Service, job_id: str, clock: Clock) -> Job | None:
-    """Run rounds until the job has ended, beside those of the schedule; None where that takes too long."""
+    """Ask for the job until it has ended, which the deployed service sees to; None where that takes too long."""
     end = Deadline(clock, DRAW_SECONDS)
     while end.left() > 0:
-        service.pipeline.run_round(Deadline(clock, LOOK_SECONDS), ignore_due=True)
         job = service.store.get(job_id, timeout=LOOK_SECONDS)
         if job is not None and job.state in FINAL:
             return job
@@ -173,7 +188,7 @@ def main() -> None:
 
 
 def _print_findings(options: argparse.Namespace) -> list[Finding]:
-    values, found = settings.given(env_file=options.env), []
+    values, found = env_file.complete(settings.given(env_file=options.env)), []
     for finding in look(values, key=os.environ.get("API_KEY", "")):
         print(lines(finding), flush=True)
         found.append(finding)

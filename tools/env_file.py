@@ -1,4 +1,4 @@
-"""The option --env of the operator's commands: which file of settings they work with."""
+"""The file of settings that an operator's command works with: its option --env, and what its values come to."""
 
 import argparse
 from pathlib import Path
@@ -21,3 +21,10 @@ def _there(text: str) -> Path:
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"there is no file {text}")
     return Path(text)
+
+
+def complete(values: dict[str, str]) -> dict[str, str]:
+    """The values as ./deploy gives them to the functions: an API with a domain of its own is reached there."""
+    if domain := values.get("DEPLOY_DOMAIN", "").strip():
+        return {"PUBLIC_BASE_URL": f"https://{domain}", **values}
+    return values

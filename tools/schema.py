@@ -12,7 +12,7 @@ it goes on; no existing value is touched. A database with a change that this che
 import argparse
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,15 +29,28 @@ ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "schema.sql"
 CHANGES = ROOT / "changes"
 D1_SETTINGS = "CLOUDFLARE_|D1_"
-TIMEOUT = 30.0  # seconds, the longest that D1 works on one request
+TIMEOUT = 60.0  # seconds, so that one try lasts longer than the 30 that D1 works on a request
+
+# The columns that the service writes in every row, never as NULL.
+ALWAYS_WRITTEN = {"id", "status", "prompt", "model", "created_at", "updated_at"}
+
+
+TABLE_AS_IT_IS = (
+    """SELECT name, type, "notnull", dflt_value, pk FROM pragma_table_info('jobs')""",
+    "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = 'jobs'",
+)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a database has: tables and indexes by name, columns as table.column; and the changes it has had."""
+    """
+    What a database has: tables and indexes by name, columns as table.column; the changes it has had; and what of the
+    earlier version's table does not go together with the rows of this one.
+    """
 
     things: frozenset[str]
     recorded: frozenset[int]
+    unfit: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,7 @@ class Report:
             *([_unknown(self.unknown)] if self.unknown else []),
             *(f"pending: {change.name}" for change in self.pending),
             *(f"missing: {thing}" for thing in self.missing),
+            *(f"unfit: {rule}" for rule in self.found.unfit),
         ]
 
 
@@ -95,11 +109,16 @@ def changes() -> tuple[Change, ...]:
 
 def tables() -> dict[str, tuple[str, ...]]:
     """Each table of schema.sql with the names of its columns."""
+    return {table: tuple(columns) for table, columns in definitions().items()}
+
+
+def definitions() -> dict[str, dict[str, str]]:
+    """Each table of schema.sql with its columns, by name: what is said of each, its type first."""
     found = {}
     for statement in statements():
         if match := re.match(r"CREATE TABLE IF NOT EXISTS (\w+) \(\n(.*)\n\)", statement, flags=re.DOTALL):
-            names = (line.split()[0] for line in match[2].splitlines() if line.strip())
-            found[match[1]] = tuple(name for name in names if name != "PRIMARY")
+            lines = (line.strip().rstrip(",").partition(" ") for line in match[2].splitlines() if line.strip())
+            found[match[1]] = {name: rules for name, _, rules in lines if name != "PRIMARY"}
     return found
 
 
@@ -126,8 +145,33 @@ def _look(d1: D1) -> Found:
         raise PermanentError(
             "d1_other_table", "The table `jobs` has no column `id`: it is another program's. Check D1_DATABASE_ID."
         )
+    *_, columns, (table,) = [*_query(d1, TABLE_AS_IT_IS)] if "jobs" in things else [[], [{"sql": ""}]]
     (recorded,) = _query(d1, ["SELECT number FROM schema_changes"]) if "schema_changes" in things else [[]]
-    return Found(frozenset(things), frozenset(row["number"] for row in recorded))
+    return Found(frozenset(things), frozenset(row["number"] for row in recorded), tuple(_unfit(columns, table["sql"])))
+
+
+def _unfit(columns: list[Row], sql: str) -> Iterator[str]:
+    """The rules of a `jobs` table, made by whomever, that the service's rows break, or that break the service."""
+    wanted = definitions()["jobs"]
+    for column in columns:
+        name, kind, required = column["name"], affinity(column["type"]), bool(column["notnull"])
+        if name not in wanted:
+            if required and column["dflt_value"] is None and not column["pk"]:
+                yield f"jobs.{name} must have a value, which the service does not know"
+        elif not wanted[name].startswith(kind) and not (name.endswith("_at") and kind == "NUMERIC"):
+            yield f"jobs.{name} is {column['type'] or 'of no type'}, not {wanted[name].split()[0]}"
+        elif required and name not in ALWAYS_WRITTEN and "NOT NULL" not in wanted[name]:
+            yield f"jobs.{name} must have a value, which the service does not always have"
+    if columns and [column["name"] for column in columns if column["pk"]] != ["id"]:
+        yield "jobs.id is not its primary key"
+    if re.search(r"\bCHECK\b", re.sub(r"CHECK \(step IN \([^)]*\)\)", "", sql), flags=re.IGNORECASE):
+        yield "jobs has a CHECK of its own"
+
+
+def affinity(kind: str) -> str:
+    """What SQLite makes of a column's type: https://www.sqlite.org/datatype3.html#determination_of_column_affinity"""
+    signs = {"INT": "INTEGER", "CHAR": "TEXT", "CLOB": "TEXT", "TEXT": "TEXT", "BLOB": "BLOB", "REAL": "REAL"}
+    return next((named for sign, named in signs.items() if sign in kind.upper()), "NUMERIC" if kind else "BLOB")
 
 
 def _query(d1: D1, sql: Iterable[str]) -> list[list[Row]]:
@@ -158,6 +202,12 @@ def apply(d1: D1) -> list[str]:
     report = check(d1)
     if report.unknown:
         return []
+    if report.found.unfit:
+        raise PermanentError(
+            "d1_unfit",
+            f"The table has rules that the service's rows would break: {'; '.join(report.found.unfit)}. SQLite cannot "
+            "take a rule away: export the rows, make another database, run this there, restore them. Nothing was done.",
+        )
     again = [change for change in changes() if change.things() & set(report.missing)]
     for change in (*report.pending, *again):
         _apply(d1, change, report.found)
@@ -221,7 +271,7 @@ def main() -> None:
     except ServiceError as error:
         sys.exit(error.sentence)
     print("\n".join([*did, *report.lines()]) or "The database has everything the code needs.")
-    sys.exit(1 if report.pending or report.missing or (options.check and report.unknown) else 0)
+    sys.exit(1 if report.pending or report.missing or report.found.unfit or (options.check and report.unknown) else 0)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 from chalicelib import parameters, settings
 from chalicelib.errors import SettingError
-from tools import Problem
+from tools import Problem, env_file
 
 FUNCTIONS = {"APIHandler": "ApiHandlerRole", "PollJobs": "PollJobsRole"}
 SETTINGS = [entry.name.upper() for entry in fields(settings.Settings)]
@@ -19,7 +19,7 @@ REQUIRED = [entry.name.upper() for entry in fields(settings.Settings) if entry.d
 DEPLOY_VALUES = {
     "DEPLOY_DOMAIN": r"([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}",
     "DEPLOY_CERTIFICATE_ARN": r"arn:aws[a-z-]*:acm:[a-z0-9-]+:[0-9]{12}:certificate/[0-9a-f-]+",
-    "DEPLOY_RESERVED_CONCURRENCY": r"[1-9][0-9]{0,3}",
+    "DEPLOY_RESERVED_CONCURRENCY": r"[2-9]|[1-9][0-9]{1,3}",  # the deep health calls its own API
 }
 PARAMETER = r"/[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*"
 SCHEDULE_CONCURRENCY = 2  # a minute's run, and the next one's beginning
@@ -41,8 +41,7 @@ def read_values(path: Path) -> dict[str, str]:
         _check_names(values)
         _check_complete(values)
         _check_secrets(values)
-        if "DEPLOY_DOMAIN" in values:
-            values.setdefault("PUBLIC_BASE_URL", f"https://{values['DEPLOY_DOMAIN']}")
+        values = env_file.complete(values)
         settings.check(values)
         _check_deploy_values(values)
         _check_size(values)

@@ -56,7 +56,7 @@ install_for_deploy() {
 # install_once NAME FILE…: installs what the files name, if that is not done yet.
 install_once() {
   name=$1 && shift
-  wanted=$(cat "$@" | cksum)
+  wanted="$PWD $(cat "$@" | cksum)" # where a folder was moved, its scripts name one that is gone
   [ "$(cat ".venv/$name.installed" 2>/dev/null)" = "$wanted" ] && return
   say "installing $name (once)"
   mkdir -p .venv && rm -f ".venv/$name.installed"

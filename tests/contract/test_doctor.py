@@ -19,10 +19,10 @@ import app
 from chalicelib import bootstrap, settings
 from chalicelib.advice import Level
 from chalicelib.jobs import to_text
-from chalicelib.runtime import Clock
+from chalicelib.runtime import Clock, Deadline
 from tests.conftest import KEY, KEY_HASH
 from tests.engines import processes
-from tools import doctor, schema
+from tools import doctor, env_file, schema
 from tools.cloud import Answer, json_answer
 from tools.processes import ROOT
 
@@ -74,7 +74,9 @@ class Dreamer(Clock):
         return super().monotonic() + self.slept
 
     def sleep(self, seconds):
+        """Meanwhile the deployed service has its rounds, as by its schedule."""
         self.slept += seconds
+        bootstrap.service().pipeline.run_round(Deadline(Clock(), 20.0), ignore_due=True)
 
 
 def hashed(text):
@@ -132,6 +134,10 @@ SICKNESSES = {
     "d1_other_table": Sickness(
         "it is another program's", sql="DROP TABLE jobs; CREATE TABLE jobs (number INTEGER); DROP TABLE schema_changes"
     ),
+    "d1_unfit": Sickness(
+        "rules that break the service: jobs.user_id must have a value",
+        sql="DROP TABLE jobs; DROP TABLE schema_changes; CREATE TABLE jobs (id TEXT PRIMARY KEY, user_id INT NOT NULL)",
+    ),
     "d1_drift": Sickness("The database lacks jobs_dead", sql="DROP INDEX jobs_dead"),
     "clock_wrong": Sickness("This machine's clock is 300 seconds ahead of D1's", clock=FastClock()),
     "no_rounds": Sickness(
@@ -139,11 +145,11 @@ SICKNESSES = {
         sql=row("late", status="running", step="poll", runpod_job_id="x", due_at=LONG_AGO),
     ),
     "jobs_refused": Sickness(
-        "failed within a day with runpod_refused: no such key",
+        "failed of those made within a day, with runpod_refused: no such key",
         sql=row("refused", status="error", error_code="runpod_refused", error_message="no such key"),
     ),
     "jobs_failed": Sickness(
-        "failed within a day with no_output: nothing came",
+        "failed of those made within a day, with no_output: nothing came",
         sql=row("empty", status="error", error_code="no_output", error_message="nothing came"),
     ),
     "dead_letters": Sickness("a result that could not be stored", sql=row("dead", status="error", dead_at=LONG_AGO)),
@@ -320,6 +326,39 @@ def test_a_warning_alone_alarms_no_monitor(fall_ill, healthy):
     assert (answer.status_code, answer.json()["ok"]) == (200, True)
 
 
+SOON = to_text(datetime.now(UTC) + timedelta(minutes=10))
+HOURS_AGO = to_text(datetime.now(UTC) - timedelta(hours=2))
+SCHEDULES = {
+    "nothing to do": ([], True),
+    "a running job renewed a moment ago": ([("poll", SOON)], True),
+    "a running job that nobody looks at": ([("poll", LONG_AGO)], False),
+    "a queue of which a round has just taken some": ([("submit", LONG_AGO)] * 300 + [("submitting", SOON)], True),
+    "a queue that nobody takes from": ([("submit", LONG_AGO)] * 300, False),
+    "results of which a round has just taken some": ([("store", LONG_AGO)] * 300 + [("store", SOON)], True),
+    "a queue of old rows just taken up": ([("submit", "")] * 300 + [("submitting", SOON)], True),
+    "a job due for hours beside new ones": ([("submit", HOURS_AGO), ("poll", SOON)], False),
+    "a job that backs off": ([("submit", SOON)], True),
+}
+
+
+@pytest.mark.parametrize(("rows", "alive"), SCHEDULES.values(), ids=SCHEDULES)
+def test_a_schedule_that_stands_still_is_told_from_one_that_has_much_to_do(healthy, cloud_server, rows, alive):
+    for number, (step, due_at) in enumerate(rows):
+        status = "running" if step in ("poll", "store") else "queued"
+        cloud_server.cloud.d1.execute(row(f"job-{number}", status=status, step=step, due_at=due_at))
+
+    found = [finding for finding in doctor.look(healthy) if finding.check == "schedule"]
+
+    assert [finding.code for finding in found] == ["ok" if alive else "no_rounds"]
+
+
+def test_a_row_of_the_earlier_version_that_no_round_has_taken_up_is_told(healthy, cloud_server):
+    old = row("old", status="queued").replace(to_text(datetime.now(UTC))[:10], "2025-01-01")
+    cloud_server.cloud.d1.execute(old)
+
+    assert "no_rounds" in [finding.code for finding in doctor.look(healthy)]
+
+
 @pytest.fixture
 def dreamer(cloud_server):
     """A clock for the doctor by which the local RunPod goes, too."""
@@ -374,6 +413,29 @@ def test_the_command_prints_it_and_tells_by_its_status(healthy, tmp_path):
     assert "→ Set R2_BUCKET" in ill.stdout
     for secret in settings.SECRETS & healthy.keys():
         assert healthy[secret] not in well.stdout + well.stderr + ill.stdout + ill.stderr
+
+
+def test_a_domain_of_its_own_is_where_the_callbacks_are_looked_for(healthy):
+    there = {name: value for name, value in healthy.items() if name != "PUBLIC_BASE_URL"}
+
+    completed = env_file.complete({**there, "DEPLOY_DOMAIN": "api.example.com"})
+
+    assert completed["PUBLIC_BASE_URL"] == "https://api.example.com"
+    assert env_file.complete({**healthy, "DEPLOY_DOMAIN": "x.y"})["PUBLIC_BASE_URL"] == healthy["PUBLIC_BASE_URL"]
+
+
+def test_a_malformed_setting_is_told_once_and_its_check_left_out(healthy):
+    found = list(doctor.look({**healthy, "API_KEY_HASHES": "the-key-itself", "SPOOL_BUCKET": "a b"}))
+
+    assert [finding.code for finding in found if finding.level is Level.ERROR] == ["setting_malformed"] * 2
+    assert {finding.check for finding in found if finding.code == "left_out"} == {"keys", "spool"}
+
+
+def test_a_test_object_is_removed_although_r2_did_not_confirm_it(fall_ill, cloud_server):
+    ill = fall_ill(Sickness("", answers={"HEAD /r2/": s3_says(503, "InternalError")}))
+
+    assert "r2_failed" in [finding.code for finding in doctor.look(ill)]
+    assert not [path for path in cloud_server.cloud.r2._folder.iterdir() if path.suffix == ".json"]
 
 
 @pytest.mark.parametrize("command", ["doctor", "schema", "backup export x.jsonl"])

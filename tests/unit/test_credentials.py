@@ -6,9 +6,11 @@ from moto import mock_aws
 
 from chalicelib import bootstrap, parameters, settings
 from chalicelib.credentials import Credential, Fresh
-from chalicelib.errors import PermanentError, SettingError
+from chalicelib.errors import PermanentError, SettingError, TransientError
 from chalicelib.r2 import R2
+from chalicelib.runpod import Runpod
 from chalicelib.runtime import Deadline
+from chalicelib.wire import Wire
 from tests.conftest import put
 from tests.shapes import PNG
 
@@ -137,3 +139,16 @@ def test_r2_takes_a_picture_whole_under_the_new_keys(cloud_server):
         found = cloud_server.cloud.r2.read("a.png")
         assert found is not None
         assert found.body == PNG
+
+
+def test_a_call_without_the_time_for_both_is_not_prolonged_by_reading_the_key_again(in_ssm, cloud, wire, clock):
+    reads = []
+    old = Credential("old", lambda: reads.append(1) or cloud.settings()["RUNPOD_API_KEY"], seconds=3.0)
+    runpod = Runpod(wire=Wire(clock), base_url=cloud.settings()["RUNPOD_API_BASE"], api_key=old)
+
+    with pytest.raises(TransientError, match="RunPod refused the key"):
+        runpod.run("local-endpoint", {"prompt": "a cat"}, timeout=3.5)
+    assert (reads, cloud.runpod.inputs()) == ([], [])
+
+    runpod.run("local-endpoint", {"prompt": "a cat"}, timeout=10.0)
+    assert (len(reads), len(cloud.runpod.inputs())) == (1, 1)

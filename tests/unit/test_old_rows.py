@@ -1,5 +1,6 @@
 """The owner's table: the eleven columns of the earlier version, with rows that go on where they stand."""
 
+import re
 import subprocess
 import sys
 
@@ -61,6 +62,66 @@ def test_a_table_of_another_program_is_left_alone(table, empty_d1):
 
     with pytest.raises(PermanentError, match="another program"):
         schema.apply(empty_d1)
+
+
+ELEVEN = {
+    "id": "TEXT PRIMARY KEY", "runpod_job_id": "TEXT", "status": "TEXT", "prompt": "TEXT", "model": "TEXT",
+    "result_r2_key": "TEXT", "result_url": "TEXT", "finished_at": "TEXT", "error_message": "TEXT", "created_at": "TEXT",
+    "updated_at": "TEXT",
+}  # fmt: skip
+UNFIT = {
+    "another key": ({"id": "INTEGER PRIMARY KEY"}, "jobs.id is INTEGER, not TEXT"),
+    "no key": ({"id": "TEXT"}, "jobs.id is not its primary key"),
+    "a run id that must be": ({"runpod_job_id": "TEXT NOT NULL DEFAULT ''"}, "jobs.runpod_job_id must have a value"),
+    "an error that must be": ({"error_message": "TEXT NOT NULL DEFAULT ''"}, "jobs.error_message must have a value"),
+    "a column of the owner's": ({"user_id": "TEXT NOT NULL"}, "jobs.user_id must have a value, which the service does"),
+    "our name, another type": ({"attempt": "TEXT"}, "jobs.attempt is TEXT, not INTEGER"),
+    "four statuses": (
+        {"status": "TEXT CHECK (status IN ('queued', 'running', 'done', 'error'))"},
+        "jobs has a CHECK of its own",
+    ),
+}
+
+
+def make_table(table, changed):
+    columns = ", ".join(f"{name} {rules}" for name, rules in {**ELEVEN, **changed}.items())
+    table(f"CREATE TABLE jobs ({columns})")
+
+
+@pytest.mark.parametrize(("changed", "sentence"), UNFIT.values(), ids=UNFIT)
+def test_a_table_whose_rules_break_the_service_is_refused_before_anything_is_done(table, empty_d1, changed, sentence):
+    make_table(table, changed)
+
+    with pytest.raises(PermanentError, match=re.escape(sentence)) as caught:
+        schema.apply(empty_d1)
+
+    assert caught.value.code == "d1_unfit"
+    assert any(sentence in line for line in schema.check(empty_d1).lines())
+    assert table("SELECT name FROM sqlite_master WHERE name IN ('schema_changes', 'job_events')") == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"id": "VARCHAR(36) PRIMARY KEY NOT NULL"},
+        {"created_at": "DATETIME NOT NULL DEFAULT CURRENT_TIMESTAMP"},
+        {"status": "TEXT NOT NULL", "prompt": "TEXT NOT NULL", "model": "TEXT NOT NULL DEFAULT 'qwen-image'"},
+        {"user_id": "TEXT", "likes": "INTEGER NOT NULL DEFAULT 0"},
+        {"runpod_job_id": "TEXT DEFAULT ''", "error_message": "TEXT DEFAULT ''"},
+    ],
+)
+def test_a_job_goes_all_the_way_in_a_table_whose_rules_are_only_other_ones(table, empty_d1, changed, request):
+    make_table(table, changed)
+    schema.apply(empty_d1)
+    bench = request.getfixturevalue("bench")
+
+    job_id = bench.create()
+    bench.round()
+    bench.round()
+
+    assert bench.job(job_id).status == "done"
+    assert len(bench.cloud.runpod.inputs()) == 1
 
 
 def test_a_queued_row_is_submitted(old, old_bench, cloud):
