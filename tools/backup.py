@@ -30,8 +30,9 @@ from tools import Problem, env_file, schema
 FORMAT = "ob-ai-studio backup 1"
 TIMEOUT = 60.0  # seconds, for all tries of a call
 PAGE_ROWS = 2_000
-PAGE_CHARS = 4_000_000  # of a page's values, but that its last row may go over it
+PAGE_BYTES = 4_000_000  # of a page's values, but that its last row may go over it
 BATCH_BYTES = 400_000
+ROW_BYTES = 890_000  # of a line, which is about what a call to D1 holds
 BATCH_ROWS = 500
 PROGRESS_ROWS = 10_000
 CALLS_FOR_OTHERS = 600  # of Cloudflare's 1,200 in five minutes, which the service shares
@@ -57,8 +58,14 @@ class Table:
         key = _names(self.key)
         begin = f'"{self.key[0]}" IS NOT NULL'
         if after is not None:
-            begin += f" AND ({key}) > ({', '.join(f'?{n}' for n in range(1, len(self.key) + 1))})"
-        size = " + ".join(f'coalesce(length("{name}"), 0)' for name in self.columns)
+            # As text: D1 binds numbers as REAL, which is not exact.
+            last = (
+                f"CAST(?{n} AS INTEGER)" if isinstance(after[name], int) else f"?{n}"
+                for n, name in enumerate(self.key, start=1)
+            )
+            begin += f" AND ({key}) > ({', '.join(last)})"
+        # length() of a text ends at NUL
+        size = " + ".join(f'coalesce(length(CAST("{name}" AS BLOB)), 0)' for name in self.columns)
         return Statement(
             f"""
             WITH sizes AS (
@@ -68,10 +75,10 @@ class Table:
             )
             SELECT {", ".join(TYPED.format(name) for name in self.columns)}
             FROM page JOIN {self.name} USING ({key})
-            WHERE size_before < {PAGE_CHARS}
+            WHERE size_before < {PAGE_BYTES}
             ORDER BY {", ".join(f'page."{name}"' for name in self.key)}
             """,
-            tuple(after[name] for name in self.key) if after is not None else (),
+            tuple(str(after[name]) for name in self.key) if after is not None else (),
         )
 
 
@@ -80,8 +87,11 @@ def _names(columns: tuple[str, ...]) -> str:
 
 
 def tables(d1: D1) -> list[Table]:
-    """Those tables of schema.sql that the database has, but for the record of changes."""
-    names = [name for name in schema.tables() if name != "schema_changes"]
+    """
+    Those tables of schema.sql that the database has, but for the record of changes; `jobs` last, so that of a job that
+    goes on meanwhile a line of the timeline may be missing rather than one too many be there.
+    """
+    names = sorted((name for name in schema.tables() if name != "schema_changes"), key="jobs".__eq__)
     asked = [Statement(f"SELECT name, pk FROM pragma_table_info('{name}')") for name in names]
     found = []
     for name, columns in zip(names, d1.query(asked, timeout=TIMEOUT), strict=True):
@@ -171,18 +181,19 @@ def _say_progress(verb: str, table: str, done: int, of: int) -> None:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a whole, undamaged file holds: rows and columns by table, and jobs that were live."""
+    """What a whole, undamaged file holds: rows and columns by table, jobs that were live, rows too large for D1."""
 
     rows: dict[str, int]
     columns: dict[str, tuple[str, ...]]
     live: int
+    too_large: list[str]
 
 
 def read_contents(path: Path) -> Contents:
     """Read the file to its end. Raises Problem where it is cut, damaged, or no export."""
     rows: Counter[str] = Counter()
     columns: dict[str, tuple[str, ...]] = {}
-    live = 0
+    live, too_large = 0, []
     digest, sealed, end = hashlib.sha256(), "", {}
     with path.open("rb") as file:
         for number, data in enumerate(file):
@@ -192,14 +203,19 @@ def read_contents(path: Path) -> Contents:
             if "row" in line:
                 rows[line["table"]] += 1
                 columns[line["table"]] = tuple(line["row"])
-                live += line["table"] == "jobs" and line["row"]["status"] in ("queued", "running")
+                live += line["table"] == "jobs" and line["row"].get("status") in ("queued", "running")
+                if len(data) > ROW_BYTES:
+                    name = line["row"].get("id") or line["row"].get("job_id")
+                    too_large.append(
+                        f"{line['table']} {name} is left out: it has {len(data):,} bytes, too many for D1."
+                    )
             sealed, end = digest.hexdigest(), line
             digest.update(data)
     if not isinstance(end.get("end"), dict):
         raise Problem(f"{path} is cut off: its last line is missing. Nothing was written.")
     if end["sha256"] != sealed or {name: count for name, count in end["end"].items() if count} != rows:
         raise Problem(f"{path} is damaged: it is not what was exported. Nothing was written.")
-    return Contents(end["end"], columns, live)
+    return Contents(end["end"], columns, live, too_large)
 
 
 def _read_line(data: bytes, number: int) -> dict[str, Any]:
@@ -220,10 +236,9 @@ def restore(d1: D1, path: Path, clock: Clock) -> list[str]:
         if name not in there:
             raise Problem(f"The database has no table {name}: run `python -m tools.schema` first. Nothing was written.")
         if unknown := [column for column in columns if column not in there[name]]:
-            raise Problem(
-                f"The table {name} has no column {', '.join(unknown)}: run `python -m tools.schema` first. "
-                "Nothing was written."
-            )
+            ours = schema.definitions()[name]
+            mend = "run `python -m tools.schema` first" if set(unknown) <= ours.keys() else "add it (ALTER TABLE) first"
+            raise Problem(f"The table {name} has no column {', '.join(unknown)}: {mend}. Nothing was written.")
     added: Counter[str] = Counter()
     read: Counter[str] = Counter()
     for name, batch in _batches(path):
@@ -232,7 +247,8 @@ def restore(d1: D1, path: Path, clock: Clock) -> list[str]:
             read[name] += 1
             _say_progress("read", name, read[name], contents.rows[name])
     lines = [f"{name}: {added[name]} rows added, {count - added[name]} were there" for name, count in read.items()]
-    return [*lines, *([f"{contents.live} jobs were live when this was exported."] if contents.live else [])]
+    live = [f"{contents.live} jobs were live when this was exported."] if contents.live else []
+    return [*lines, *live, *contents.too_large]
 
 
 def _batches(path: Path) -> Iterator[tuple[str, list[Row]]]:
@@ -242,7 +258,7 @@ def _batches(path: Path) -> Iterator[tuple[str, list[Row]]]:
     with path.open("rb") as file:
         for data in file:
             line = json.loads(data)
-            if "row" not in line:
+            if "row" not in line or len(data) > ROW_BYTES:
                 continue
             full = size + len(data) > BATCH_BYTES or len(batch) == BATCH_ROWS
             if batch and (full or line["table"] != table):

@@ -4,6 +4,7 @@ README's move from the earlier version, and back, over real sockets and with the
 What happens is told: pytest -s tests/contract/test_takeover.py.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from tools.cloud.render import draw
 from tools.cloud.server import CloudServer
 
 ROOT = Path(__file__).parents[2]
+OPERATOR = {"Authorization": "Bearer operator"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PATIENCE = 20.0  # seconds
 LOST = "the answer to this one is lost"
@@ -299,14 +301,17 @@ def close(stage, api):
     return refused.status_code, client, lost
 
 
-def go_back(stage, schedule, api, routes, lost):
+def go_back(stage, schedule, api, own_api, routes, lost):
     """The way back, with jobs of the new code at every step of their life."""
     long, last = create(api, "waits for ever", FOR_EVER), [create(api, f"the last but {n}") for n in range(3)]
     steps = {row["id"]: row["step"] for row in stage.table(LIVE)}
-    stage.tell(f"And back. 1. creates are stopped; live jobs are at {dict(Counter(steps.values()))}")
+    wait(lambda: answers(own_api))
+    refused = requests.post(f"{own_api}/api/queue/create", json={"prompt": "too late"}, headers=AUTH, timeout=10)
+    stage.tell(f"And back. 1. deployed with a key of the operator's alone; clients get {refused.status_code}")
+    stage.tell(f"        live jobs are at {dict(Counter(steps.values()))}")
     wait(lambda: set(row["id"] for row in stage.table(LIVE)) == {long})
     stage.tell(f"2. drained, but for one that waits for a worker: {LIVE}")
-    requests.post(f"{api}/api/jobs/{long}/cancel", headers=AUTH, timeout=10).raise_for_status()
+    requests.post(f"{own_api}/api/jobs/{long}/cancel", headers=OPERATOR, timeout=10).raise_for_status()
     wait(lambda: not stage.table(LIVE))
     stage.tell("        it is cancelled")
     schedule.stop()
@@ -322,12 +327,13 @@ def go_back(stage, schedule, api, routes, lost):
     wait(lambda: not stage.table(LIVE))
     stage.earlier.stop_cron()
     stage.tell_jobs()
-    return client, {"lost": lost, "long": long, "last": last, "steps": steps}
+    return client, {"lost": lost, "long": long, "last": last, "steps": steps, "refused": refused.status_code}
 
 
 def rehearse(stage):
     old = fill(stage)
     open_api, closed_api = stage.deploy(ALLOW_ANONYMOUS="true"), stage.deploy(ALLOW_ANONYMOUS="false")
+    own_api = stage.deploy(API_KEY_HASHES=hashlib.sha256(b"operator").hexdigest())
     before = stage.table("SELECT * FROM jobs WHERE status IN ('done', 'error') ORDER BY id")
     old_pictures = {
         row["result_url"]: requests.get(row["result_url"], timeout=10).content for row in before if row["result_url"]
@@ -338,9 +344,10 @@ def rehearse(stage):
     stage.at_end(routes.stop)
     old_client = Client("without a key", routes.url)
     stage.at_end(old_client.stop)
+    stage.earlier.start_cron()
     schedule = move(stage, old_client, open_api)
     refused, new_client, lost = close(stage, closed_api)
-    back_client, seen = go_back(stage, schedule, closed_api, routes, lost)
+    back_client, seen = go_back(stage, schedule, closed_api, own_api, routes, lost)
     timelines = {}
     for row in stage.table("SELECT job_id, event FROM job_events ORDER BY job_id, version, n"):
         timelines.setdefault(row["job_id"], []).append(row["event"])

@@ -85,10 +85,10 @@ def test_what_is_exported_is_restored_as_it_was(filled, table, tmp_path, clock):
     empty(table)
     restored = backup.restore(filled, tmp_path / "b.jsonl", clock)
 
-    assert told == ["jobs: 7 rows", "job_events: 3 rows"]
+    assert told == ["job_events: 3 rows", "jobs: 7 rows"]
     assert restored == [
-        "jobs: 7 rows added, 0 were there",
         "job_events: 3 rows added, 0 were there",
+        "jobs: 7 rows added, 0 were there",
         "2 jobs were live when this was exported.",
     ]
     assert everything(table) == before
@@ -104,8 +104,8 @@ def test_a_row_that_is_there_stays_as_it_is_and_a_repeat_adds_nothing(filled, ta
     after = everything(table)
     second = backup.restore(filled, tmp_path / "b.jsonl", clock)
 
-    assert first[:2] == ["jobs: 1 rows added, 6 were there", "job_events: 2 rows added, 1 were there"]
-    assert second[:2] == ["jobs: 0 rows added, 7 were there", "job_events: 0 rows added, 3 were there"]
+    assert first[:2] == ["job_events: 2 rows added, 1 were there", "jobs: 1 rows added, 6 were there"]
+    assert second[:2] == ["job_events: 0 rows added, 3 were there", "jobs: 0 rows added, 7 were there"]
     assert everything(table) == after
     assert table("SELECT status FROM jobs WHERE id = 'b'") == [{"status": "done"}]
 
@@ -113,7 +113,7 @@ def test_a_row_that_is_there_stays_as_it_is_and_a_repeat_adds_nothing(filled, ta
 def test_pages_and_batches_of_any_size_hold_the_same_rows(filled, table, tmp_path, clock, monkeypatch):
     before = everything(table)
     backup.export(filled, tmp_path / "whole.jsonl", clock)
-    for limit, value in (("PAGE_ROWS", 2), ("PAGE_CHARS", 50), ("BATCH_ROWS", 2), ("BATCH_BYTES", 900)):
+    for limit, value in (("PAGE_ROWS", 2), ("PAGE_BYTES", 50), ("BATCH_ROWS", 2), ("BATCH_BYTES", 900)):
         monkeypatch.setattr(backup, limit, value)
 
     backup.export(filled, tmp_path / "pages.jsonl", clock)
@@ -135,7 +135,7 @@ def test_a_page_carries_few_large_rows_and_a_batch_fits_into_a_request(d1, inser
         sizes.append(sum(len(text) for row in rows[0] for text in row.values() if isinstance(text, str)))
         return rows
 
-    monkeypatch.setattr(backup, "PAGE_CHARS", 1_000_000)
+    monkeypatch.setattr(backup, "PAGE_BYTES", 1_000_000)
     monkeypatch.setattr(d1, "query", watch)
     before = everything(table)
 
@@ -233,7 +233,7 @@ def test_a_restore_that_broke_off_is_finished_by_the_next(filled, table, tmp_pat
 
     def breaks(statements, **options):
         calls.append(statements)
-        if len(calls) == 5:
+        if len(calls) == 7:
             raise IndeterminateError("d1_lost", "lost", service="d1")
         return ask(statements, **options)
 
@@ -279,8 +279,8 @@ def test_the_file_says_what_it_is_and_is_for_nobody_else(filled, tmp_path, clock
         "taken_at": "2026-01-31T23:59:00.000Z",
         "counts": {"jobs": 7, "job_events": 3},
     }
-    assert [line["table"] for line in rows] == ["jobs"] * 7 + ["job_events"] * 3
-    assert {line["row"]["id"]: line["row"]["version"] for line in rows[:7]}["d"] == 9007199254740993
+    assert [line["table"] for line in rows] == ["job_events"] * 3 + ["jobs"] * 7
+    assert {line["row"]["id"]: line["row"]["version"] for line in rows[3:]}["d"] == 9007199254740993
     assert last["end"] == first["counts"]
 
 
@@ -288,7 +288,7 @@ def test_rows_without_a_key_are_nobodys_and_left_out(filled, table, tmp_path, cl
     monkeypatch.setattr(backup, "PAGE_ROWS", 1)
     table("INSERT INTO jobs (id, prompt) VALUES (NULL, 'whose?')")
 
-    assert backup.export(filled, tmp_path / "b.jsonl", clock) == ["jobs: 7 rows", "job_events: 3 rows"]
+    assert backup.export(filled, tmp_path / "b.jsonl", clock) == ["job_events: 3 rows", "jobs: 7 rows"]
 
 
 def test_it_leaves_most_calls_to_the_service(filled, tmp_path, clock, monkeypatch):
@@ -308,8 +308,8 @@ def test_a_long_table_says_how_far_it_is(filled, tmp_path, clock, monkeypatch, c
     backup.restore(filled, tmp_path / "b.jsonl", clock)
 
     said = capsys.readouterr().err.splitlines()
-    assert said[:3] == ["jobs: 3 of 7 rows written", "jobs: 6 of 7 rows written", "job_events: 3 of 3 rows written"]
-    assert said[3:] == ["jobs: 3 of 7 rows read", "jobs: 6 of 7 rows read", "job_events: 3 of 3 rows read"]
+    assert said[:3] == ["job_events: 3 of 3 rows written", "jobs: 3 of 7 rows written", "jobs: 6 of 7 rows written"]
+    assert said[3:] == ["job_events: 3 of 3 rows read", "jobs: 3 of 7 rows read", "jobs: 6 of 7 rows read"]
 
 
 def test_an_export_of_one_engine_is_restored_by_the_other(
@@ -353,7 +353,7 @@ def test_the_commands_say_what_they_did_or_what_is_wrong(command, cloud_server, 
     d1.execute("DELETE FROM jobs")
     restored, nowhere = command("restore", path), command("restore", str(tmp_path / "none"))
 
-    assert (exported.returncode, exported.stdout) == (0, "jobs: 1 rows\njob_events: 0 rows\n")
+    assert (exported.returncode, exported.stdout) == (0, "job_events: 0 rows\njobs: 1 rows\n")
     assert (again.returncode, again.stderr) == (1, f"{path} is there already; name another file, or remove it.\n")
     assert (restored.returncode, restored.stdout) == (0, "jobs: 1 rows added, 0 were there\n")
     assert (nowhere.returncode, "No such file" in nowhere.stderr) == (1, True)
@@ -365,10 +365,23 @@ def test_after_readmes_sql_nothing_of_a_restored_table_is_sent(bench, table, emp
     empty(table)
     backup.restore(empty_d1, tmp_path / "b.jsonl", bench.clock)
     sent, calls = len(bench.cloud.runpod.inputs()), bench.cloud.calls["runpod"]
-    (sql,) = re.findall(r"```sql\n(UPDATE jobs SET status = 'cancelled'.*?);\n", (ROOT / "README.md").read_text())
+    (sql,) = re.findall(r"```sql\n(UPDATE jobs\nSET status = 'cancelled'[^;]*);\n", (ROOT / "README.md").read_text())
 
     table(sql)
     bench.round()
 
     assert (len(bench.cloud.runpod.inputs()), bench.cloud.calls["runpod"]) == (sent, calls)
     assert bench.job(job_id).status == "cancelled"
+    assert bench.job(job_id).finished_at
+
+
+def test_a_row_that_no_call_to_d1_holds_is_left_out_and_named(filled, table, tmp_path, clock):
+    table("UPDATE jobs SET error_message = replace(hex(zeroblob(500000)), '0', 'x') WHERE id = 'd'")
+    backup.export(filled, tmp_path / "b.jsonl", clock)
+    empty(table)
+
+    told = backup.restore(filled, tmp_path / "b.jsonl", clock)
+
+    assert "jobs: 6 rows added, 0 were there" in told
+    assert "jobs d is left out: it has 1,5" in told[-1]
+    assert len(table("SELECT id FROM jobs")) == 6
