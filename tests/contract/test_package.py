@@ -614,7 +614,7 @@ def test_two_stages_have_no_name_in_common(expanded):
 # The deployment
 
 
-def test_a_stack_is_made_and_left_alone_where_nothing_changed(packaged, aws, tmp_path):
+def test_a_stack_is_made_and_may_be_deployed_again(packaged, aws, tmp_path):
     code = (
         "import sys; from pathlib import Path; from tools import deploy, template; "
         "values, folder = template.read_values(Path(sys.argv[1])), Path(sys.argv[2]); "
