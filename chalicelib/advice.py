@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 from urllib.parse import urlsplit
 
 from chalicelib.errors import ServiceError
@@ -150,6 +151,27 @@ class Finding:
 def from_error(check: str, error: ServiceError) -> Finding:
     """What a client said, as a finding."""
     return Finding(check, error.sentence, error.code)
+
+
+def in_short(found: list[Finding]) -> dict[str, Any]:
+    """For a monitor: the level of each check, and what is wrong; with an error in one sentence where there is any."""
+    problems = [finding for finding in found if finding.level is not Level.OK]
+    errors = [finding for finding in problems if finding.level is Level.ERROR]
+    bad = {"ok": False, "error": " ".join(finding.sentence for finding in errors), "code": "unhealthy"}
+    return {
+        **(bad if errors else {}),
+        "checks": {finding.check: finding.level for finding in [*found, *problems, *errors]},  # the worst comes last
+        "problems": [
+            {
+                "check": finding.check,
+                "level": finding.level,
+                "code": finding.code,
+                "sentence": finding.sentence,
+                "mend": finding.mend,
+            }
+            for finding in problems
+        ],
+    }
 
 
 REAL_CLOUDFLARE = "api.cloudflare.com"

@@ -9,8 +9,7 @@ from urllib.parse import unquote
 
 from chalice.app import Request, Response
 
-from chalicelib import auth, inputs, log
-from chalicelib.advice import Level
+from chalicelib import advice, auth, inputs, log
 from chalicelib.bootstrap import Service, service
 from chalicelib.errors import IndeterminateError, RequestError, ServiceError
 from chalicelib.jobs import FINAL, Job, State, Status, to_text
@@ -118,24 +117,7 @@ def get_deep_health(current: Service, request: Request) -> Answer:
     if not deep:
         return {"service": SERVICE}
     found = current.health.look(Deadline(current.clock, HEALTH_SECONDS))
-    problems = [finding for finding in found if finding.level is not Level.OK]
-    errors = [finding for finding in problems if finding.level is Level.ERROR]
-    bad = {"ok": False, "error": " ".join(finding.sentence for finding in errors), "code": "unhealthy"}
-    return {
-        **(bad if errors else {}),
-        "service": SERVICE,
-        "checks": {finding.check: finding.level for finding in [*found, *problems, *errors]},
-        "problems": [
-            {
-                "check": finding.check,
-                "level": finding.level,
-                "code": finding.code,
-                "sentence": finding.sentence,
-                "mend": finding.mend,
-            }
-            for finding in problems
-        ],
-    }
+    return {"service": SERVICE, **advice.in_short(found)}
 
 
 @_route(anonymous=True)
