@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random, SystemRandom
+from typing import TypeVar
 
 from chalicelib import log, parameters, settings
 from chalicelib.connection import Resolve
@@ -25,6 +26,8 @@ from chalicelib.steps import Steps
 from chalicelib.store import Store
 from chalicelib.webhooks import Webhooks
 from chalicelib.wire import Wire
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,7 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
     runpod = Runpod(
         wire=wire,
         base_url=config.runpod_api_base,
-        api_key=Credential(config.runpod_api_key, lambda: fresh.get().runpod_api_key, seconds=parameters.CALL_SECONDS),
+        api_key=_credential(lambda given: given.runpod_api_key, config, fresh),
     )
     store = Store(
         d1=d1,
@@ -89,7 +92,7 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
     bucket = R2(
         endpoint_url=config.r2_endpoint,
         bucket=config.r2_bucket,
-        keys=Credential(_r2_keys(config), lambda: _r2_keys(fresh.get()), seconds=parameters.CALL_SECONDS),
+        keys=_credential(lambda given: (given.r2_access_key_id, given.r2_secret_access_key), config, fresh),
         public_base_url=config.r2_public_base_url,
     )
     spool = Spool(config.spool_bucket) if config.spool_bucket else None
@@ -134,8 +137,10 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
     )
 
 
-def _r2_keys(config: Settings) -> tuple[str, str]:
-    return config.r2_access_key_id, config.r2_secret_access_key
+def _credential(read: Callable[[Settings], T], config: Settings, fresh: Fresh[Settings] | None) -> Credential[T]:
+    if fresh is None:
+        return Credential(read(config))
+    return Credential(read(config), lambda: read(fresh.get()), seconds=parameters.CALL_SECONDS)
 
 
 def make_d1(
@@ -149,9 +154,5 @@ def make_d1(
         base_url=config.cloudflare_api_base,
         account_id=config.cloudflare_account_id,
         database_id=config.d1_database_id,
-        token=Credential(
-            config.cloudflare_api_token,
-            (lambda: fresh.get().cloudflare_api_token) if fresh else None,
-            seconds=parameters.CALL_SECONDS,
-        ),
+        token=_credential(lambda given: given.cloudflare_api_token, config, fresh),
     )

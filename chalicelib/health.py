@@ -17,7 +17,7 @@ from chalicelib.runpod import Runpod
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.settings import Settings
 from chalicelib.spool import Spool
-from chalicelib.store import SCHEMA_CHANGE, Store, Survey, new_nonce
+from chalicelib.store import CALLS_KEPT_FROM_WEBHOOKS, SCHEMA_CHANGE, Store, Survey, new_nonce
 from chalicelib.webhooks import Webhooks
 from chalicelib.wire import Reply, Wire
 
@@ -27,7 +27,6 @@ OVERDUE = timedelta(minutes=3)  # in which a schedule of every minute has had fo
 FORGOTTEN = timedelta(hours=1)  # a round takes 200 waiting jobs, so that not even 40,000 wait for so long
 RECENT = timedelta(days=1)
 CLOCK_TOLERANCE = 30  # seconds, beyond what a slow answer makes of it
-FEW_CALLS = 300  # of Cloudflare's 1,200, under which callbacks are left to the rounds
 TESTED_KEY = "health/test"
 
 
@@ -48,7 +47,7 @@ class Health:
 
     def look(self, deadline: Deadline, *, leave_out: frozenset[str] = frozenset()) -> list[Finding]:
         """
-        Everything that can be told without a paid run, in the order of CHECKS, but for those left out.
+        Everything that can be told without a paid run, in the order of the checks, but for those left out.
 
         A test object is put into the bucket and removed again; nothing else is changed. Raises nothing.
         """
@@ -105,7 +104,7 @@ class Health:
         if change > SCHEMA_CHANGE:
             sentence = f"The database has change {change} of its schema, the code knows only {SCHEMA_CHANGE}."
             return [Finding("d1", sentence, "d1_newer_schema")]
-        if left is not None and left < FEW_CALLS:
+        if left is not None and left < CALLS_KEPT_FROM_WEBHOOKS:
             return [Finding("d1", f"Only {left} API calls are left in these five minutes.", "d1_few_calls")]
         return [Finding("d1", f"It reads and writes; its schema is at change {change}, as the code needs.")]
 

@@ -18,7 +18,7 @@ from chalicelib.rounds import DoubtfulClaim, Report, Round
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saver
 from chalicelib.steps import Steps
-from chalicelib.store import Store, new_nonce
+from chalicelib.store import CALLS_KEPT_FROM_WEBHOOKS, Store, new_nonce
 from chalicelib.webhooks import Webhooks
 
 ROUNDS = 4  # a minute
@@ -30,7 +30,6 @@ CREATE_TIMEOUT = 8.0  # seconds
 VERB_TIMEOUT = 8.0  # seconds
 GROUP_CHARS = 400_000  # of what dead letters carry that are saved together
 CALLS_KEPT_FOR_ROUNDS = 100  # under this many D1 calls left, creating only queues: one call, not two
-CALLS_KEPT_FROM_WEBHOOKS = 300  # under this many, RunPod's callbacks leave the work to the rounds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -189,8 +189,7 @@ def load(environ: Mapping[str, str] = os.environ, *, env_file: Path | None = Non
     """
     texts = _texts(given(environ, env_file=env_file), re.compile(only))
     _require(texts)
-    values: dict[str, Any] = {entry.name: "" for entry in fields(Settings) if entry.default is MISSING}
-    return Settings(**{**values, **_parse(_read(texts))})
+    return Settings(**{**_empty(), **_parse(_read(texts))})
 
 
 def given(environ: Mapping[str, str] = os.environ, *, env_file: Path | None = None) -> dict[str, str]:
@@ -208,7 +207,7 @@ def check(values: Mapping[str, str]) -> None:
 
 def survey(values: Mapping[str, str]) -> tuple[Settings, dict[str, ServiceError]]:
     """Every setting by itself: those that are right, the others empty or at their defaults, and what is wrong there."""
-    parsed: dict[str, Any] = {entry.name: "" for entry in fields(Settings) if entry.default is MISSING}
+    parsed = _empty()
     wrong: dict[str, ServiceError] = {}
     for entry, text in _texts(values, re.compile("")).items():
         try:
@@ -217,6 +216,10 @@ def survey(values: Mapping[str, str]) -> tuple[Settings, dict[str, ServiceError]
         except ServiceError as error:
             wrong[entry.name.upper()] = error
     return Settings(**parsed), wrong
+
+
+def _empty() -> dict[str, Any]:
+    return {entry.name: "" for entry in fields(Settings) if entry.default is MISSING}
 
 
 def _texts(values: Mapping[str, str], wanted: re.Pattern[str]) -> Texts:

@@ -67,6 +67,7 @@ class Survey:
     failures: list[Row]
 
 
+CALLS_KEPT_FROM_WEBHOOKS = 300  # of D1's 1,200; with fewer left RunPod's callbacks leave the work to the rounds
 SUSPECT = 3  # claims of a result without a save, from which on it is stored alone
 
 
