@@ -14,7 +14,7 @@ from typing import Any
 
 from chalice.app import Chalice, CloudWatchEvent, CORSConfig, Rate, Request, Response
 
-from chalicelib import api
+from chalicelib import answers, api
 
 app = Chalice(app_name="ob-ai-studio", configure_logs=False)
 app.api.cors = CORSConfig(
@@ -23,8 +23,8 @@ app.api.cors = CORSConfig(
 
 
 @app.middleware("http")
-def shape_chalice_errors(event: Request, get_response: Any) -> Response:
-    return api.shape_chalice_errors(get_response(event))
+def finish(event: Request, get_response: Any) -> Response:
+    return answers.finish(event, get_response)
 
 
 @app.route("/health", methods=["GET"])

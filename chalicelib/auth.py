@@ -2,9 +2,18 @@
 
 import hashlib
 import hmac
+from enum import IntEnum
 
 from chalicelib.errors import RequestError
 from chalicelib.settings import Settings
+
+
+class Right(IntEnum):
+    """What a key may do; each has those before it."""
+
+    READ = 1
+    WRITE = 2
+    ADMIN = 3
 
 
 def require_key(authorization: str, settings: Settings) -> None:

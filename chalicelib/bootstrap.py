@@ -24,6 +24,8 @@ from chalicelib.settings import Settings
 from chalicelib.spool import Spool
 from chalicelib.steps import Steps
 from chalicelib.store import Store
+from chalicelib.verbs import Verbs
+from chalicelib.views import Views
 from chalicelib.webhooks import Webhooks
 from chalicelib.wire import Wire
 
@@ -37,6 +39,8 @@ class Service:
     settings: Settings
     store: Store
     pipeline: Pipeline
+    verbs: Verbs
+    views: Views
     bucket: R2
     health: Health
     clock: Clock
@@ -108,18 +112,21 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
         webhooks=webhooks,
     )
     saver = Saver(store=store, runpod=runpod, clock=clock, rng=rng)
+    pipeline = Pipeline(
+        store=store,
+        steps=steps,
+        saver=saver,
+        clock=clock,
+        rng=rng,
+        webhooks=webhooks,
+        new_crew=given.new_crew,
+    )
     return Service(
         settings=config,
         store=store,
-        pipeline=Pipeline(
-            store=store,
-            steps=steps,
-            saver=saver,
-            clock=clock,
-            rng=rng,
-            webhooks=webhooks,
-            new_crew=given.new_crew,
-        ),
+        pipeline=pipeline,
+        verbs=Verbs(store=store, steps=steps, pipeline=pipeline, clock=clock, rng=rng, new_crew=given.new_crew),
+        views=Views(bucket=bucket, clock=clock),
         bucket=bucket,
         health=Health(
             settings=config,

@@ -126,7 +126,7 @@ class Scenario:
         self.world.invariants.asked[job_id][verb] += 1
 
         def run(service: Service) -> object:
-            return getattr(service.pipeline, verb)(job_id, Deadline(service.clock, REQUEST_SECONDS))
+            return getattr(service.verbs, verb)(job_id, Deadline(service.clock, REQUEST_SECONDS))
 
         self.world.invoke("api", run)
 

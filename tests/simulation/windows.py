@@ -97,7 +97,7 @@ class Stage(Scenario):
         self.world.invariants.asked[job_id][verb] += 1
         return self.step(
             "api",
-            lambda service: getattr(service.pipeline, verb)(job_id, Deadline(service.clock, REQUEST_SECONDS)),
+            lambda service: getattr(service.verbs, verb)(job_id, Deadline(service.clock, REQUEST_SECONDS)),
             wait=wait,
         )
 
@@ -1129,7 +1129,7 @@ def many_dead_letters_are_redriven_and_those_without_a_result_are_told(stage: St
 
     def redrive(service: Service) -> object:
         deadline = Deadline(service.clock, REQUEST_SECONDS)
-        return service.pipeline.redrive_many(deadline, limit=50, after=NEWEST, error_code=None, dry_run=False)
+        return service.verbs.redrive_many(deadline, limit=50, after=NEWEST, error_code=None, dry_run=False)
 
     for job in late:
         stage.world.invariants.asked[job]["redrive"] += 1

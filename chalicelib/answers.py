@@ -1,0 +1,126 @@
+"""The edge: who calls, and every answer in one shape, with the request's id that the logs have too."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, ParamSpec
+
+from chalice.app import Request, Response
+
+from chalicelib import auth, log
+from chalicelib.auth import Right
+from chalicelib.bootstrap import Service, service
+from chalicelib.errors import RequestError, ServiceError
+
+# Chalice's own refusals, by the code it gives them.
+CHALICE_ERRORS = {
+    "MethodNotAllowedError": ("method_not_allowed", "This path does not take that method; Allow names those it takes."),
+    "UnsupportedMediaType": ("unsupported_media_type", "Send the body as JSON, with Content-Type: application/json."),
+    "BadRequestError": ("request_refused", "The request could not be read."),
+    "BadRequest": ("request_refused", "The request could not be read."),
+}
+CRASHED = ("internal_error", "Something failed inside the service; it is in the logs. Try again.")
+
+Args = ParamSpec("Args")
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One request, by whom, and what its answer says in headers."""
+
+    service: Service
+    request: Request
+    caller: str
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+View = Callable[Concatenate[Call, Args], Answer]
+
+
+def route(
+    right: Right | None, *, anonymous: bool = False, etag: bool = False
+) -> Callable[[View[Args]], Callable[Concatenate[Request | None, Args], Response]]:
+    """
+    Check that the key has the right, run the view, and turn what it returns or raises into an answer.
+
+    Some are `anonymous` where the operator wants it; a view without a right checks by itself who calls. With `etag` the
+    answer has one, and is 304 where the caller has it already.
+    """
+
+    def wrap(view: View[Args]) -> Callable[Concatenate[Request | None, Args], Response]:
+        def answer(request: Request | None, /, *args: Args.args, **kwargs: Args.kwargs) -> Response:
+            assert request is not None
+            try:
+                current = service()
+                call = Call(service=current, request=request, caller=_caller(current, request, right, anonymous))
+                answer = {"ok": True, **view(call, *args, **kwargs)}
+                response = respond(200 if answer["ok"] else 503, answer, call.headers)
+                return _unless_known(request, response) if etag else response
+            except ServiceError as error:
+                return _refuse(error)
+            except Exception:
+                log.crashed("request_crashed")
+                return _refuse(ServiceError(*CRASHED))
+
+        return answer
+
+    return wrap
+
+
+def _caller(current: Service, request: Request, right: Right | None, anonymous: bool) -> str:
+    if right is None:
+        return "runpod"
+    if anonymous and current.settings.allow_anonymous:
+        return "anonymous"
+    auth.require_key(request.headers.get("authorization", ""), current.settings)
+    return "key"
+
+
+def respond(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    """An answer in JSON."""
+    # Serialised here because what Chalice cannot serialise fails outside its own error handling.
+    text = json.dumps(body, ensure_ascii=False)
+    return Response(
+        body=text,
+        status_code=status,
+        headers={"Content-Type": "application/json", "Cache-Control": "no-store", **(headers or {})},
+    )
+
+
+def _unless_known(request: Request, response: Response) -> Response:
+    """The answer with its ETag; without a body where the caller names that ETag."""
+    # Weak, for what lies between may compress it.
+    etag = f'W/"{hashlib.sha256(response.body.encode()).hexdigest()[:32]}"'
+    response.headers.update({"ETag": etag, "Cache-Control": "private, no-cache"})
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    if etag.removeprefix("W/") in known or known == ["*"]:
+        response.status_code, response.body = 304, ""
+    return response
+
+
+def _refuse(error: ServiceError) -> Response:
+    if not isinstance(error, RequestError):
+        log.failed("request_failed", error)
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(math.ceil(error.retry_after))
+    if error.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    about = {"id": error.job_id} if error.job_id else {}
+    return respond(error.http_status, {"ok": False, "error": error.sentence, "code": error.code, **about}, headers)
+
+
+def finish(request: Request, get_response: Callable[[Request], Response]) -> Response:
+    """Around every request: Chalice's own refusals get the shape of ours, and pages of any origin may read each one."""
+    response = get_response(request)
+    body = response.body
+    if isinstance(body, dict) and "Code" in body:
+        code, sentence = CHALICE_ERRORS.get(body["Code"], CRASHED)
+        shaped = respond(response.status_code, {"ok": False, "error": sentence, "code": code})
+        response.body = shaped.body
+        response.headers = {**response.headers, **shaped.headers}
+    response.headers.setdefault("Access-Control-Allow-Origin", "*")
+    return response
