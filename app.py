@@ -18,7 +18,10 @@ from chalicelib import answers, api
 
 app = Chalice(app_name="ob-ai-studio", configure_logs=False)
 app.api.cors = CORSConfig(
-    allow_origin="*", allow_headers=["Authorization", "Content-Type"], expose_headers=["Retry-After"], max_age=600
+    allow_origin="*",
+    allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "Prefer"],
+    expose_headers=["ETag", "Idempotent-Replayed", "Preference-Applied", "Retry-After", "X-Request-Id"],
+    max_age=600,
 )
 
 
@@ -57,9 +60,19 @@ def list_jobs() -> Response:
     return api.list_jobs(app.current_request)
 
 
+@app.route("/api/jobs/bulk", methods=["POST"], content_types=api.BODY_TYPES)
+def do_to_many() -> Response:
+    return api.do_to_many(app.current_request)
+
+
 @app.route("/api/jobs/{job_id}", methods=["GET"])
 def get_job(job_id: str) -> Response:
     return api.get_job(app.current_request, job_id)
+
+
+@app.route("/api/jobs/{job_id}", methods=["DELETE"])
+def delete_job(job_id: str) -> Response:
+    return api.delete_job(app.current_request, job_id)
 
 
 @app.route("/api/jobs/{job_id}/cancel", methods=["POST"], content_types=api.BODY_TYPES)

@@ -60,7 +60,19 @@ CREATE TABLE IF NOT EXISTS jobs (
   -- By when it must have been drawn.
   deadline_at TEXT,
   queue_ms INTEGER,
-  execution_ms INTEGER
+  execution_ms INTEGER,
+  -- What a caller named one create, so that a repeat of it makes nothing; the place in it, and the hash of its body.
+  idempotency_key TEXT,
+  idempotency_n INTEGER,
+  request_hash TEXT,
+  -- The caller's own words about the job (JSON, text by text); job_metadata finds jobs by them.
+  metadata TEXT,
+  -- normal, or low: sent when RunPod's queue is short.
+  priority TEXT NOT NULL DEFAULT 'normal',
+  -- The seconds that the caller gave it to be drawn in; NULL: TOTAL_DEADLINE.
+  deadline INTEGER,
+  -- Since when it is being deleted; no verb but that may touch it any more.
+  deleted_at TEXT
 );
 
 -- Claims look for due rows of one step.
@@ -78,6 +90,21 @@ CREATE INDEX IF NOT EXISTS jobs_claimed ON jobs (claimer) WHERE status IN ('queu
 -- The list, newest first, of all and of one status.
 CREATE INDEX IF NOT EXISTS jobs_created ON jobs (created_at, id);
 CREATE INDEX IF NOT EXISTS jobs_status_created ON jobs (status, created_at, id);
+
+-- The list of one model, and of some of its statuses.
+CREATE INDEX IF NOT EXISTS jobs_model_status_created ON jobs (model, status, created_at, id);
+
+-- A create happens once.
+CREATE UNIQUE INDEX IF NOT EXISTS jobs_idempotency ON jobs (idempotency_key, idempotency_n) WHERE idempotency_key IS NOT NULL;
+
+-- The list by metadata, newest first.
+CREATE TABLE IF NOT EXISTS job_metadata (
+  key TEXT NOT NULL,
+  value TEXT NOT NULL,
+  created_at TEXT NOT NULL,
+  job_id TEXT NOT NULL,
+  PRIMARY KEY (key, value, created_at, job_id)
+) WITHOUT ROWID;
 
 -- The timeline: what happened to a job, in the order of the row's versions.
 CREATE TABLE IF NOT EXISTS job_events (

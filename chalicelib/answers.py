@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec
 
@@ -56,7 +57,8 @@ def route(
             try:
                 current = service()
                 call = Call(service=current, request=request, caller=_caller(current, request, right, anonymous))
-                answer = {"ok": True, **view(call, *args, **kwargs)}
+                with _forgetting(call):
+                    answer = {"ok": True, **view(call, *args, **kwargs)}
                 response = respond(200 if answer["ok"] else 503, answer, call.headers)
                 return _unless_known(request, response) if etag else response
             except ServiceError as error:
@@ -68,6 +70,16 @@ def route(
         return answer
 
     return wrap
+
+
+@contextmanager
+def _forgetting(call: Call) -> Iterator[None]:
+    """Whoever has written something, or may have, reads it at once."""
+    try:
+        yield
+    finally:
+        if call.request.method != "GET":
+            call.service.reads.forget()
 
 
 def _caller(current: Service, request: Request, right: Right | None, anonymous: bool) -> str:

@@ -7,13 +7,16 @@ from urllib.parse import unquote
 
 from chalice.app import Request, Response
 
-from chalicelib import advice, answers, inputs
+from chalicelib import advice, answers, filters, inputs, jobs
 from chalicelib.answers import Answer, Call, route
 from chalicelib.auth import Right
 from chalicelib.bootstrap import service
+from chalicelib.d1 import Row
 from chalicelib.errors import IndeterminateError, RequestError
 from chalicelib.jobs import FINAL, Job, Status
+from chalicelib.reads import COUNTED
 from chalicelib.runtime import Deadline
+from chalicelib.waiting import MOST_SECONDS
 
 # Bodies are JSON whatever they are called: a browser's fetch says text/plain and curl -d says form.
 BODY_TYPES = ["application/json", "text/plain", "application/x-www-form-urlencoded"]
@@ -43,53 +46,77 @@ def get_deep_health(call: Call) -> Answer:
 
 @route(Right.WRITE, anonymous=True)
 def create_job(call: Call) -> Answer:
-    """Queue a job, and send it to RunPod at once."""
+    """Queue a job, or several at once, and send them to RunPod."""
     body = inputs.read_body(call.request)
-    model = inputs.read_model(body)
-    prompt, payload = inputs.read_prompt_and_input(body)
-    job = call.service.pipeline.new_job(prompt=prompt, model=model, payload=payload)
+    wanted, listed = inputs.read_new_jobs(body)
+    key = inputs.read_idempotency_key(call.request)
+    made = [call.service.pipeline.new_job(**job) for job in wanted]
+    if key is not None:
+        made = jobs.under_key(made, key, inputs.hash_of(body))
+    ids = _create(call, made)
+    if ids != [job.id for job in made]:
+        call.headers["Idempotent-Replayed"] = "true"
+    queued = [{"id": job_id, "status": Status.QUEUED} for job_id in ids]
+    return {"jobs": queued} if listed else queued[0]
+
+
+def _create(call: Call, made: list[Job]) -> list[str]:
     try:
-        call.service.pipeline.create(job, Deadline(call.service.clock, REQUEST_SECONDS))
+        return call.service.pipeline.create(made, Deadline(call.service.clock, REQUEST_SECONDS), by=call.caller)
     except IndeterminateError as error:
+        if made[0].idempotency_key is not None:
+            error.sentence += " Send the same again, with the same Idempotency-Key: nothing is made twice."
+            raise
         error.sentence += " The job may have been made all the same: ask for it by this id before you send it again."
-        error.job_id = job.id
+        error.job_id = made[0].id
         raise
-    return {"id": job.id, "status": Status.QUEUED}
 
 
-@route(Right.READ, anonymous=True)
+@route(Right.READ, anonymous=True, etag=True)
 def get_status(call: Call, job_id: str | None = None) -> Answer:
     """One job, flat, as the earlier version's clients read it."""
     asked = unquote(job_id) if job_id is not None else inputs.query_of(call.request).get("id", "")
     if not asked.strip():
         raise RequestError("id_required", "id is required: /api/queue/status?id=…")
-    return call.service.views.job(_found(call.service.store.get(inputs.read_id(asked), timeout=READ_SECONDS)))
+    job = call.service.reads.job(inputs.read_id(asked), timeout=READ_SECONDS)
+    return call.service.views.job(_found(job))
 
 
-@route(Right.READ)
+@route(Right.READ, etag=True)
 def list_jobs(call: Call) -> Answer:
     """Jobs, newest first."""
     query = inputs.query_of(call.request)
-    limit, status, after = (
-        inputs.read_limit(query.get("limit")),
-        inputs.read_status(query.get("status")),
-        inputs.read_cursor(query.get("cursor")),
-    )
-    found = call.service.store.newest(limit=limit + 1, after=after, status=status, timeout=READ_SECONDS)
-    page = found[:limit]
-    more = len(found) > limit
+    wanted, counts = filters.from_query(query), filters.read_include(query)
+    limit, after = inputs.read_limit(query.get("limit")), inputs.read_cursor(query.get("cursor"))
+    found = call.service.reads.page(wanted, limit=limit + 1, after=after, counts=counts, timeout=READ_SECONDS)
+    page, more = found.jobs[:limit], len(found.jobs) > limit
     return {
         "jobs": [call.service.views.job(job) for job in page],
         "next_cursor": inputs.make_cursor(page[-1].created_at, page[-1].id) if more else None,
+        **({} if found.counts is None else {"counts": found.counts, "counts_limit": COUNTED}),
     }
 
 
-@route(Right.READ)
+@route(Right.READ, etag=True)
 def get_job(call: Call, job_id: str) -> Answer:
-    """One job with its timeline."""
-    job, timeline = call.service.store.get_with_timeline(inputs.read_id(unquote(job_id)), timeout=READ_SECONDS)
-    lines = [{"at": line["at"], "event": line["event"], **json.loads(line["detail"])} for line in timeline]
-    return {"job": {**call.service.views.job(_found(job)), "timeline": lines}}
+    """One job with its timeline and attempts; held back until it has ended where the caller prefers to wait."""
+    wanted = inputs.read_id(unquote(job_id))
+    wait = inputs.read_wait(call.request)
+    if wait is None:
+        job, timeline = call.service.reads.job_with_timeline(wanted, timeout=READ_SECONDS)
+    else:
+        wait = min(wait, MOST_SECONDS)
+        job, timeline = call.service.waiting.until_final(wanted, wait)
+        call.headers["Preference-Applied"] = f"wait={wait}"
+    return {"job": call.service.views.whole(_found(job, timeline), timeline)}
+
+
+@route(Right.WRITE)
+def delete_job(call: Call, job_id: str) -> Answer:
+    """Remove a job that has ended, and its files."""
+    wanted = inputs.read_id(unquote(job_id))
+    call.service.verbs.delete(wanted, Deadline(call.service.clock, REQUEST_SECONDS), by=call.caller)
+    return {"id": wanted, "deleted": True}
 
 
 @route(Right.WRITE)
@@ -110,9 +137,31 @@ def redrive_job(call: Call, job_id: str) -> Answer:
     return _do(call, call.service.verbs.redrive, job_id)
 
 
-def _do(call: Call, verb: Callable[[str, Deadline], Job], job_id: str) -> Answer:
-    job = verb(inputs.read_id(unquote(job_id)), Deadline(call.service.clock, REQUEST_SECONDS))
+def _do(call: Call, verb: Callable[..., Job], job_id: str) -> Answer:
+    job = verb(inputs.read_id(unquote(job_id)), Deadline(call.service.clock, REQUEST_SECONDS), by=call.caller)
     return {"job": call.service.views.job(job)}
+
+
+@route(Right.ADMIN)
+def do_to_many(call: Call) -> Answer:
+    """Cancel, retry, redrive or delete the newest jobs that a filter finds."""
+    body = inputs.read_body(call.request)
+    do, wanted = filters.read_bulk(body)
+    limit, after, dry_run = inputs.read_many(body)
+    deadline = Deadline(call.service.clock, REQUEST_SECONDS)
+    found = call.service.verbs.find(do, wanted, deadline, limit=limit + 1, after=after)
+    page = found[:limit]
+    ids = [job_id for _, job_id in page]
+    came = call.service.verbs.do_to_all(do, ids, deadline, dry_run=dry_run, by=call.caller)
+    return {
+        "do": do,
+        "dry_run": dry_run,
+        "done": came.done,
+        "refused": [
+            {"id": job_id, "code": error.code, "error": error.sentence} for job_id, error in came.refused.items()
+        ],
+        "next_cursor": inputs.make_cursor(*page[-1]) if len(found) > limit else None,
+    }
 
 
 @route(Right.READ)
@@ -124,7 +173,7 @@ def list_dead_letters(call: Call) -> Answer:
         inputs.read_cursor(query.get("cursor")),
         inputs.read_error_code(query.get("error_code")),
     )
-    found = call.service.store.dead_letters(limit=limit + 1, after=after, error_code=code, timeout=READ_SECONDS)
+    found = call.service.reads.dead_letters(limit=limit + 1, after=after, error_code=code, timeout=READ_SECONDS)
     page = found[:limit]
     return {
         "dead_letters": [call.service.views.dead_letter(job) for job in page],
@@ -135,15 +184,18 @@ def list_dead_letters(call: Call) -> Answer:
 @route(Right.ADMIN)
 def redrive_dead_letters(call: Call) -> Answer:
     """Store the results of many dead letters, as far as something is left of them."""
-    limit, after, code, dry_run = inputs.read_redrive(inputs.read_body(call.request, empty_is={}))
+    limit, after, dry_run, code = inputs.read_redrive(inputs.read_body(call.request, empty_is={}))
     deadline = Deadline(call.service.clock, REQUEST_SECONDS)
-    came = call.service.verbs.redrive_many(deadline, limit=limit, after=after, error_code=code, dry_run=dry_run)
+    came, last = call.service.verbs.redrive_all(
+        deadline, limit=limit, after=after, error_code=code, dry_run=dry_run, by=call.caller
+    )
+    lost = [job_id for job_id, error in came.refused.items() if error.code == "result_lost"]
     return {
         "dry_run": dry_run,
-        "redriven": [job.id for job in came.redriven],
-        "lost": [job.id for job in came.lost],
-        "unknown": [job.id for job in came.unknown],
-        "next_cursor": inputs.make_cursor(came.last.dead_at, came.last.id) if came.last else None,
+        "redriven": came.done,
+        "lost": lost,
+        "unknown": [job_id for job_id, error in came.refused.items() if error.code == "runpod_unreachable"],
+        "next_cursor": inputs.make_cursor(last.dead_at, last.id) if last else None,
     }
 
 
@@ -203,7 +255,10 @@ def run_minute(context: Any) -> Answer:
     }
 
 
-def _found(job: Job | None) -> Job:
-    if job is None:
-        raise RequestError("job_not_found", "There is no job with this id.")
-    return job
+def _found(job: Job | None, timeline: list[Row] | None = None) -> Job:
+    if job is not None:
+        return job
+    if timeline:
+        by = json.loads(timeline[-1]["detail"]).get("by")
+        raise RequestError("job_deleted", f"This job was deleted at {timeline[-1]['at']} by {by}.")
+    raise RequestError("job_not_found", "There is no job with this id.")

@@ -15,6 +15,8 @@ from chalicelib.fetch import Fetch, Guard
 from chalicelib.health import Health
 from chalicelib.pipeline import Pipeline
 from chalicelib.r2 import R2
+from chalicelib.reads import Reads
+from chalicelib.removal import Removal
 from chalicelib.results import Results
 from chalicelib.retry import Attempts
 from chalicelib.runpod import Runpod
@@ -26,6 +28,7 @@ from chalicelib.steps import Steps
 from chalicelib.store import Store
 from chalicelib.verbs import Verbs
 from chalicelib.views import Views
+from chalicelib.waiting import Waiting
 from chalicelib.webhooks import Webhooks
 from chalicelib.wire import Wire
 
@@ -38,6 +41,8 @@ class Service:
 
     settings: Settings
     store: Store
+    reads: Reads
+    waiting: Waiting
     pipeline: Pipeline
     verbs: Verbs
     views: Views
@@ -90,7 +95,9 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
         default_endpoint_id=config.runpod_endpoint_id,
         submit_unknown_wait=config.submit_unknown_wait,
         total_deadline=config.total_deadline,
+        max_queued=config.max_queued,
     )
+    reads = Reads(d1=d1, clock=clock)
     guard = Guard(config.result_allowed_private_hosts)
     fetch = Fetch(wire=given.new_wire(guard.resolve), clock=clock)
     bucket = R2(
@@ -124,8 +131,19 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
     return Service(
         settings=config,
         store=store,
+        reads=reads,
+        waiting=Waiting(reads=reads, store=store, clock=clock),
         pipeline=pipeline,
-        verbs=Verbs(store=store, steps=steps, pipeline=pipeline, clock=clock, rng=rng, new_crew=given.new_crew),
+        verbs=Verbs(
+            store=store,
+            reads=reads,
+            steps=steps,
+            removal=Removal(store=store, bucket=bucket, clock=clock, rng=rng, new_crew=given.new_crew),
+            pipeline=pipeline,
+            clock=clock,
+            rng=rng,
+            new_crew=given.new_crew,
+        ),
         views=Views(bucket=bucket, clock=clock),
         bucket=bucket,
         health=Health(

@@ -15,25 +15,40 @@ REQUEST_STATUS = {
     "body_not_json": 400,
     "body_not_object": 400,
     "body_too_large": 413,
+    "created_invalid": 400,
     "cursor_invalid": 400,
+    "deadline_invalid": 400,
+    "do_invalid": 400,
     "id_required": 400,
     "input_invalid": 400,
     "dry_run_invalid": 400,
     "error_code_invalid": 400,
+    "filter_invalid": 400,
     "flag_invalid": 400,
+    "idempotency_conflict": 409,
+    "idempotency_key_invalid": 400,
+    "include_invalid": 400,
+    "job_deleted": 410,
     "job_final": 400,
     "job_id_invalid": 400,
     "job_not_cancellable": 409,
+    "job_not_deletable": 409,
     "job_not_found": 404,
     "job_not_retryable": 409,
+    "jobs_invalid": 400,
     "keys_not_configured": 401,
     "limit_invalid": 400,
+    "metadata_invalid": 400,
     "method_not_allowed": 405,
     "model_invalid": 400,
     "not_dead": 409,
+    "priority_invalid": 400,
     "prompt_invalid": 400,
     "prompt_required": 400,
     "prompt_too_long": 400,
+    "q_invalid": 400,
+    "query_unknown": 400,
+    "queue_full": 429,
     "request_refused": 400,
     "result_lost": 410,
     "run_id_invalid": 400,
@@ -61,8 +76,8 @@ class ServiceError(Exception):
 class RequestError(ServiceError):
     """Raised when the caller has to change the request; its code stands in REQUEST_STATUS."""
 
-    def __init__(self, code: str, sentence: str) -> None:
-        super().__init__(code, sentence)
+    def __init__(self, code: str, sentence: str, *, retry_after: float | None = None) -> None:
+        super().__init__(code, sentence, retry_after=retry_after)
         self.http_status = REQUEST_STATUS[code]
 
 

@@ -2,22 +2,28 @@
 
 import base64
 import binascii
+import hashlib
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from chalice.app import Request
+from chalice.app import MultiDict, Request
 
 from chalicelib import jobs
 from chalicelib.errors import RequestError
-from chalicelib.jobs import DEFAULT_MODEL, Status
+from chalicelib.jobs import DEFAULT_MODEL, LOW, NORMAL
+from chalicelib.settings import MAX_DEADLINE
 from chalicelib.store import NEWEST
 
 MAX_BODY_BYTES = 512 * 1024
 MAX_PROMPT_CHARS = 10_000
 MAX_MODEL_CHARS = 200
 MAX_ID_CHARS = 200
+MAX_JOBS = 100  # in one create
+MAX_METADATA, MAX_METADATA_CHARS = 20, 500
+METADATA_KEY = r"[A-Za-z0-9_.-]{1,40}"
+MIN_DEADLINE = 60  # seconds
+JOB_FIELDS = ("prompt", "model", "input", "metadata", "priority", "deadline")
 DEFAULT_LIMIT, MAX_LIMIT = 50, 100
 
 
@@ -46,9 +52,41 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def read_model(body: dict[str, Any]) -> str:
-    """The model to draw with."""
-    model = body.get("model")
+def read_new_jobs(body: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+    """What each job to be made shall be, as keywords of Pipeline.new_job, and whether it is a list that was sent."""
+    listed = body.get("jobs")
+    if listed is None:
+        return [_read_new_job(body)], False
+    if not isinstance(listed, list) or not 1 <= len(listed) <= MAX_JOBS:
+        raise RequestError("jobs_invalid", f"jobs must be a list of 1 to {MAX_JOBS} jobs.")
+    if beside := [name for name in JOB_FIELDS if body.get(name) is not None]:
+        raise RequestError("jobs_invalid", f"{beside[0]} must stand in the jobs themselves where jobs is sent.")
+    return [_read_listed(number, item) for number, item in enumerate(listed)], True
+
+
+def _read_listed(number: int, item: object) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise RequestError("jobs_invalid", f"jobs[{number}] must be a JSON object.")
+    try:
+        return _read_new_job(item)
+    except RequestError as error:
+        raise RequestError(error.code, f"jobs[{number}]: {error.sentence}") from error
+
+
+def _read_new_job(body: dict[str, Any]) -> dict[str, Any]:
+    prompt, payload = _read_prompt_and_input(body)
+    return {
+        "prompt": prompt,
+        "payload": payload,
+        "model": read_model(body.get("model")),
+        "metadata": read_metadata(body.get("metadata")),
+        "priority": _read_priority(body.get("priority")),
+        "deadline": _read_deadline(body.get("deadline")),
+    }
+
+
+def read_model(model: object) -> str:
+    """The model, or the default one."""
     if model is None:
         return DEFAULT_MODEL
     if not isinstance(model, str) or not model.strip() or len(model) > MAX_MODEL_CHARS or "\0" in model:
@@ -58,7 +96,7 @@ def read_model(body: dict[str, Any]) -> str:
     return model.strip()
 
 
-def read_prompt_and_input(body: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
+def _read_prompt_and_input(body: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
     """The prompt to show, and the object for RunPod where it is not the default one."""
     prompt, given = body.get("prompt"), body.get("input")
     if given is None:
@@ -90,6 +128,71 @@ def _read_prompt(prompt: object) -> str:
     return prompt
 
 
+def read_metadata(metadata: object) -> dict[str, str]:
+    """The caller's own words about a job; none where they are left out."""
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or len(metadata) > MAX_METADATA:
+        raise RequestError("metadata_invalid", f"metadata must be a JSON object of at most {MAX_METADATA} texts.")
+    for key, value in metadata.items():
+        _check_metadata(key, value)
+    return metadata
+
+
+def _check_metadata(key: str, value: object) -> None:
+    if not re.fullmatch(METADATA_KEY, key):
+        raise RequestError(
+            "metadata_invalid", "A name in metadata must have 1 to 40 letters, digits, dots, dashes and underscores."
+        )
+    if not isinstance(value, str) or len(value) > MAX_METADATA_CHARS or "\0" in value:
+        raise RequestError(
+            "metadata_invalid",
+            f"metadata.{key} must be text of at most {MAX_METADATA_CHARS} characters, none of them NUL.",
+        )
+
+
+def _read_priority(priority: object) -> str:
+    if priority is None:
+        return NORMAL
+    if priority not in (NORMAL, LOW):
+        raise RequestError("priority_invalid", f"priority must be {NORMAL} or {LOW}.")
+    return str(priority)
+
+
+def _read_deadline(deadline: object) -> int | None:
+    if deadline is None:
+        return None
+    if type(deadline) is not int or not MIN_DEADLINE <= deadline <= MAX_DEADLINE:
+        raise RequestError(
+            "deadline_invalid",
+            f"deadline must be a whole number of seconds from {MIN_DEADLINE} to {MAX_DEADLINE}.",
+        )
+    return deadline
+
+
+def read_idempotency_key(request: Request) -> str | None:
+    """What the caller names this create, if anything."""
+    key: str | None = request.headers.get("idempotency-key")
+    if key is not None and not re.fullmatch(r"[!-~]([ -~]{0,253}[!-~])?", key):
+        raise RequestError(
+            "idempotency_key_invalid", "Idempotency-Key must have 1 to 255 printable ASCII characters, such as a UUID."
+        )
+    return key
+
+
+def hash_of(body: dict[str, Any]) -> str:
+    """The same for the same JSON, however it is written."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_wait(request: Request) -> int | None:
+    """The seconds that the caller would wait for a job's end; what is not understood counts for nothing (RFC 7240)."""
+    for preference in request.headers.get("prefer", "").split(","):
+        if found := re.fullmatch(r'\s*wait\s*=\s*"?(\d{1,6})"?\s*(;.*)?', preference, flags=re.IGNORECASE):
+            return int(found[1])
+    return None
+
+
 def read_id(job_id: str) -> str:
     """A job id; one that no row can have is not looked for."""
     if len(job_id) > MAX_ID_CHARS:
@@ -97,9 +200,9 @@ def read_id(job_id: str) -> str:
     return job_id.strip()
 
 
-def query_of(request: Request) -> Mapping[str, str]:
+def query_of(request: Request) -> MultiDict:
     """The query; Chalice has None where there is none."""
-    return request.query_params or {}
+    return request.query_params or MultiDict({})
 
 
 def read_limit(text: str | None) -> int:
@@ -109,13 +212,6 @@ def read_limit(text: str | None) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MAX_LIMIT):
         raise RequestError("limit_invalid", f"limit must be a whole number from 1 to {MAX_LIMIT}.")
     return int(text)
-
-
-def read_status(text: str | None) -> str | None:
-    """The one status to list, if one is asked for."""
-    if text is not None and text not in tuple(Status):
-        raise RequestError("status_invalid", f"status must be one of {', '.join(Status)}.")
-    return text
 
 
 def read_flag(name: str, text: str | None) -> bool:
@@ -153,14 +249,18 @@ def read_error_code(text: object) -> str | None:
     return text
 
 
-def read_redrive(body: dict[str, Any]) -> tuple[int, tuple[str, str], str | None, bool]:
+def read_redrive(body: dict[str, Any]) -> tuple[int, tuple[str, str], bool, str | None]:
     """How many dead letters to redrive, after which, of which code, and whether only to say which."""
-    limit, dry_run = body.get("limit", DEFAULT_LIMIT), body.get("dry_run", False)
-    if type(limit) is not int or not 1 <= limit <= MAX_LIMIT:
+    return (*read_many(body), read_error_code(body.get("error_code")))
+
+
+def read_many(body: dict[str, Any]) -> tuple[int, tuple[str, str], bool]:
+    """How many jobs, after which, and whether only to say which."""
+    limit, dry_run, cursor = body.get("limit"), body.get("dry_run"), body.get("cursor")
+    if limit is not None and (type(limit) is not int or not 1 <= limit <= MAX_LIMIT):
         raise RequestError("limit_invalid", f"limit must be a whole number from 1 to {MAX_LIMIT}.")
-    if not isinstance(dry_run, bool):
+    if dry_run is not None and not isinstance(dry_run, bool):
         raise RequestError("dry_run_invalid", "dry_run must be true or false.")
-    cursor = body.get("cursor")
     if cursor is not None and not isinstance(cursor, str):
         raise RequestError("cursor_invalid", "cursor must be a next_cursor of an earlier answer.")
-    return limit, read_cursor(cursor), read_error_code(body.get("error_code")), dry_run
+    return DEFAULT_LIMIT if limit is None else limit, read_cursor(cursor), bool(dry_run)

@@ -21,7 +21,7 @@ and by a user alone:
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property
@@ -89,6 +89,7 @@ FINAL = frozenset(State) - {
 }
 
 DEFAULT_MODEL = "qwen-image"
+NORMAL, LOW = "normal", "low"  # priorities
 IN_QUEUE = "IN_QUEUE"  # what RunPod says before a worker has begun
 
 RUNPOD_KEEPS = timedelta(minutes=30)  # a result, from the end of its run
@@ -147,6 +148,13 @@ class Job:
     deadline_at: str | None = None
     queue_ms: int | None = None
     execution_ms: int | None = None
+    idempotency_key: str | None = None
+    idempotency_n: int | None = None
+    request_hash: str | None = None
+    metadata: str | None = None
+    priority: str = NORMAL
+    deadline: int | None = None
+    deleted_at: str | None = None
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Job":
@@ -220,6 +228,9 @@ def new(
     prompt: str,
     model: str,
     payload: dict[str, Any] | None,
+    metadata: Mapping[str, str] | None = None,
+    priority: str = NORMAL,
+    deadline: int | None = None,
     deadline_at: str | None = None,
     now: datetime,
 ) -> Job:
@@ -237,7 +248,18 @@ def new(
         deadline_at=deadline_at,
         created_at=created_at,
         updated_at=created_at,
+        metadata=json.dumps(metadata, ensure_ascii=False) if metadata else None,
+        priority=priority,
+        deadline=deadline,
     )
+
+
+def under_key(made: list[Job], key: str, request_hash: str) -> list[Job]:
+    """The jobs of one create, as they are inserted once under its idempotency key."""
+    return [
+        replace(job, idempotency_key=key, idempotency_n=number, request_hash=request_hash)
+        for number, job in enumerate(made)
+    ]
 
 
 def payload_from(given: Mapping[str, Any], prompt: str) -> dict[str, Any]:
@@ -247,6 +269,11 @@ def payload_from(given: Mapping[str, Any], prompt: str) -> dict[str, Any]:
     return {**given, "prompt": prompt}
 
 
+def result_folder(job: Job) -> str:
+    """Where all files of a job lie, those of every attempt."""
+    return f"jobs/{job.created_at[0:4]}/{job.created_at[5:7]}/{job.id}/"
+
+
 def result_stem(job: Job, number: int) -> str:
     """
     The R2 key of one file of a job's result, but for its ending.
@@ -254,9 +281,9 @@ def result_stem(job: Job, number: int) -> str:
     A function of the row and the file's place in the answer alone, so that every repeat of an upload hits the same one.
     An attempt after the first has a folder of its own, so that a late upload cannot overwrite a newer picture.
     """
-    folder = job.id if job.attempt <= 1 else f"{job.id}/{job.attempt}"
+    attempt = "" if job.attempt <= 1 else f"{job.attempt}/"
     name = "output" if number == 1 else f"output-{number}"
-    return f"jobs/{job.created_at[0:4]}/{job.created_at[5:7]}/{folder}/{name}"
+    return f"{result_folder(job)}{attempt}{name}"
 
 
 def stem_of(key: str) -> str:

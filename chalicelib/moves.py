@@ -302,7 +302,7 @@ def finish(job: Job, *, problems: Iterable[ServiceError] = (), now: datetime) ->
     )
 
 
-def retry_job(job: Job, *, deadline_at: str, now: datetime) -> Change:
+def retry_job(job: Job, *, by: str, deadline_at: str, now: datetime) -> Change:
     """A user wants a new attempt; what the earlier ones left in the table is forgotten."""
     forgotten = (
         "runpod_job_id",
@@ -325,6 +325,7 @@ def retry_job(job: Job, *, deadline_at: str, now: datetime) -> Change:
         job,
         "retry",
         event="retried",
+        detail={"by": by},
         now=now,
         attempt_base=job.attempt,
         failures=0,
@@ -334,13 +335,14 @@ def retry_job(job: Job, *, deadline_at: str, now: datetime) -> Change:
     )
 
 
-def redrive(job: Job, *, now: datetime) -> Change:
+def redrive(job: Job, *, by: str, now: datetime) -> Change:
     """A user has mended what kept a result from being stored: it is tried again, without a new run."""
     ends = {"spool": to_text(now + SAFE_FOR), "links": to_text(now + RUNPOD_KEEPS), "runpod": job.result_until}
     return _move(
         job,
         "redrive",
         event="redriven",
+        detail={"by": by},
         now=now,
         failures=0,
         due_at=to_text(now),

@@ -5,14 +5,14 @@ It runs four rounds a minute; two at once, here or in another process, do no har
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from uuid import UUID
 
 from chalicelib import jobs, log, moves
 from chalicelib.errors import IndeterminateError, PermanentError, RequestError, ServiceError, TransientError
-from chalicelib.jobs import Change, Job, State
+from chalicelib.jobs import LOW, NORMAL, Change, Job, State
 from chalicelib.rounds import DoubtfulClaim, Report, Round
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saver
@@ -26,6 +26,7 @@ ROUND_BUDGET = 10.0  # seconds that must be left for a round after the first
 THREADS = 16  # that ask side by side
 
 CREATE_TIMEOUT = 8.0  # seconds
+QUEUE_FULL_WAIT = 30.0  # seconds after which a client may try again
 VERB_TIMEOUT = 8.0  # seconds
 CALLS_KEPT_FOR_ROUNDS = 100  # under this many D1 calls left, creating only queues: one call, not two
 
@@ -43,8 +44,17 @@ class Pipeline:
     new_crew: Callable[[int], Crew] = Crew
     doubtful: DoubtfulClaim = field(default_factory=DoubtfulClaim)
 
-    def new_job(self, *, prompt: str, model: str, payload: dict[str, object] | None) -> Job:
-        """A job with an id of its own, not yet in the table."""
+    def new_job(
+        self,
+        *,
+        prompt: str,
+        model: str,
+        payload: dict[str, object] | None,
+        metadata: Mapping[str, str] | None = None,
+        priority: str = NORMAL,
+        deadline: int | None = None,
+    ) -> Job:
+        """A job with an id of its own, not yet in the table; `deadline` are the seconds it has in all."""
         job_id = str(UUID(int=self.rng.getrandbits(128), version=4))
         now = self.clock.now()
         return jobs.new(
@@ -52,31 +62,47 @@ class Pipeline:
             prompt=prompt,
             model=model,
             payload=payload,
-            deadline_at=self.store.deadline_at(now),
+            metadata=metadata,
+            priority=priority,
+            deadline=deadline,
+            deadline_at=self.store.deadline_at(now, deadline),
             now=now,
         )
 
-    def create(self, job: Job, deadline: Deadline) -> None:
+    def create(self, wanted: list[Job], deadline: Deadline, *, by: str) -> list[str]:
         """
-        Insert the job and send it to RunPod at once: two D1 calls. If RunPod does not take it now, the rounds go on.
+        Insert the jobs, all or none, and send them to RunPod at once: two D1 calls. What RunPod does not take now, and
+        what is of low priority, is left to the rounds.
 
-        Raises what D1 raises, and then nothing was sent.
+        Returns their ids; those of the first time, where one idempotency key came twice. Raises RequestError where it
+        came with another request, or the queue is full, and what D1 raises; then nothing was sent.
         """
         sending = self._may_send(deadline)
-        if sending:
-            job = self.store.with_intent(job, now=self.clock.now())
+        now = self.clock.now()
+        made = [self.store.with_intent(job, now=now) if sending and job.priority != LOW else job for job in wanted]
+        to_send = [job for job in made if job.state is State.SUBMITTING]
         try:
-            self.store.create(job, nonce=new_nonce(self.rng), timeout=deadline.cap(CREATE_TIMEOUT))
+            there = self.store.create(made, by=by, nonce=new_nonce(self.rng), timeout=deadline.cap(CREATE_TIMEOUT))
         except IndeterminateError:
-            if sending:  # the row may be there with its intent written, and nobody will send it
-                self.saver.keep([moves.return_unsent(job, now=self.clock.now())])
+            # The rows may be there with their intent written, and nobody will send them.
+            self.saver.keep([moves.return_unsent(job, now=self.clock.now()) for job in to_send])
             raise
         except PermanentError as error:
             if error.code == "d1_request_too_large":
                 raise RequestError("body_too_large", "The input is too large to be stored; make it smaller.") from error
             raise
-        if sending:
-            self._send(job, deadline)
+        _require_room(there)
+        _require_same_request(there, wanted[0])
+        if there[0].id in {job.id for job in wanted}:
+            self._send_all(to_send, deadline)
+            return [job.id for job in wanted]
+        return [job.id for job in there]
+
+    def _send_all(self, to_send: list[Job], deadline: Deadline) -> None:
+        if len(to_send) == 1:
+            self._send(to_send[0], deadline)
+        elif to_send:
+            self._new_round(THREADS, deadline, lambda round_: round_.run_for(to_send))
 
     def send_one(self, job_id: str | None, deadline: Deadline) -> tuple[Job | None, ServiceError | None]:
         """
@@ -208,3 +234,20 @@ class Pipeline:
         seconds = self.clock.monotonic() - start
         log.round_over(checked=report.checked, submitted=report.submitted, updated=len(report.updated), seconds=seconds)
         return report
+
+
+def _require_room(there: list[Job]) -> None:
+    if not there:
+        raise RequestError(
+            "queue_full",
+            "Too many jobs are unfinished already, so nothing was made. Try again later.",
+            retry_after=QUEUE_FULL_WAIT,
+        )
+
+
+def _require_same_request(there: list[Job], wanted: Job) -> None:
+    if there[0].request_hash != wanted.request_hash:
+        raise RequestError(
+            "idempotency_conflict",
+            "Another request was made with this Idempotency-Key before; nothing was made now. Give each its own key.",
+        )

@@ -5,27 +5,57 @@
 
 
 -- name: create_jobs
--- Insert the rows that are not there yet.
+-- Insert all of the rows or none: they are not there yet, their idempotency key neither, and there is room for them in the
+-- queue. Of two requests at once with one key the second finds the first one's rows, for D1 writes one after the other.
 INSERT INTO jobs (
-  id, status, step, prompt, model, input, endpoint_id, version, attempt, intent_version, due_at, deadline_at, claimer, created_at, updated_at
+  id, status, step, prompt, model, input, endpoint_id, version, attempt, intent_version, due_at, deadline_at, claimer, created_at, updated_at,
+  idempotency_key, idempotency_n, request_hash, metadata, priority, deadline
 )
 SELECT
   json_extract(value, '$.id'), 'queued', json_extract(value, '$.step'), json_extract(value, '$.prompt'), json_extract(value, '$.model'),
   json_extract(value, '$.input'), json_extract(value, '$.endpoint_id'), json_extract(value, '$.version'), json_extract(value, '$.attempt'),
   json_extract(value, '$.intent_version'), json_extract(value, '$.due_at'), json_extract(value, '$.deadline_at'), :nonce,
-  json_extract(value, '$.created_at'), json_extract(value, '$.updated_at')
+  json_extract(value, '$.created_at'), json_extract(value, '$.updated_at'),
+  json_extract(value, '$.idempotency_key'), json_extract(value, '$.idempotency_n'), json_extract(value, '$.request_hash'),
+  json_extract(value, '$.metadata'), json_extract(value, '$.priority'), json_extract(value, '$.deadline')
 FROM json_each(:rows)
-WHERE true
-ON CONFLICT (id) DO NOTHING
+WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE idempotency_key = :idempotency_key)
+  AND json_array_length(:rows) + (
+    SELECT count(*)
+    FROM (
+      SELECT 1
+      FROM jobs INDEXED BY jobs_due
+      WHERE step IN ('submit', 'submitting', 'poll', 'store') AND status IN ('queued', 'running')
+      LIMIT CAST(:max_queued AS INTEGER)
+    )
+  ) <= CAST(:max_queued AS INTEGER)
+ON CONFLICT DO NOTHING
 
 
 -- name: log_created
 -- The first line of each new job's timeline, written only by the request that made the job.
 INSERT INTO job_events (job_id, version, n, at, event, detail)
-SELECT id, version, 0, created_at, 'created', json_object('attempt', attempt)
+SELECT id, version, 0, created_at, 'created', json_object('attempt', attempt, 'by', :by)
 FROM jobs
 WHERE id IN (SELECT value FROM json_each(:ids)) AND claimer = :nonce
 ON CONFLICT DO NOTHING
+
+
+-- name: file_metadata
+-- What finds the new jobs by their metadata.
+INSERT INTO job_metadata (key, value, created_at, job_id)
+SELECT word.key, word.value, jobs.created_at, jobs.id
+FROM jobs, json_each(jobs.metadata) AS word
+WHERE jobs.id IN (SELECT value FROM json_each(:ids)) AND jobs.claimer = :nonce
+ON CONFLICT DO NOTHING
+
+
+-- name: select_created
+-- The rows of this create, or those that an earlier one has made under the same key, in their order.
+SELECT id, idempotency_n, request_hash
+FROM jobs
+WHERE id IN (SELECT value FROM json_each(:ids)) OR idempotency_key = :idempotency_key
+ORDER BY idempotency_n
 
 
 -- name: adopt_old_rows_event
@@ -88,7 +118,8 @@ WHERE status IN ('queued', 'running') AND cancel_at IS NOT NULL AND step = 'subm
 
 
 -- name: claim_submits
--- claim: submit -> submitting. The intent is on disk before any paid call; at most :limit rows and :bytes of input.
+-- claim: submit -> submitting. The intent is on disk before any paid call; at most :limit rows and :bytes of input. A young
+-- job of low priority is taken only while fewer than :low_ahead runs would wait for a worker.
 UPDATE jobs
 SET
   step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
@@ -103,10 +134,33 @@ WHERE id IN (
       sum(length(prompt) + coalesce(length(input), 0)) OVER oldest AS bytes
     FROM (
       SELECT id, due_at, prompt, input
-      FROM jobs
-      WHERE status IN ('queued', 'running') AND step = 'submit' AND due_at <= :now
-      ORDER BY due_at
-      LIMIT CAST(:limit AS INTEGER)
+      FROM (
+        SELECT id, due_at, prompt, input
+        FROM jobs
+        WHERE status IN ('queued', 'running') AND step = 'submit' AND due_at <= :now AND (priority <> 'low' OR created_at <= :low_since)
+        ORDER BY due_at
+        LIMIT CAST(:limit AS INTEGER)
+      )
+      UNION ALL
+      SELECT id, due_at, prompt, input
+      FROM (
+        SELECT id, due_at, prompt, input
+        FROM jobs
+        WHERE status IN ('queued', 'running') AND step = 'submit' AND due_at <= :now AND priority = 'low' AND created_at > :low_since
+        ORDER BY due_at
+        LIMIT min(CAST(:limit AS INTEGER), max(0, CAST(:low_ahead AS INTEGER) - (
+          SELECT count(*)
+          FROM (
+            SELECT 1
+            FROM jobs INDEXED BY jobs_due
+            WHERE status IN ('queued', 'running') AND step IN ('submit', 'poll') AND (
+              (step = 'submit' AND due_at <= :now AND (priority <> 'low' OR created_at <= :low_since))
+              OR (step = 'poll' AND runpod_status = 'IN_QUEUE')
+            )
+            LIMIT CAST(:low_ahead AS INTEGER)
+          )
+        )))
+      )
     )
     WINDOW oldest AS (ORDER BY due_at, id)
   )
@@ -288,21 +342,21 @@ WHERE jobs.id = json_extract(row.value, '$.id')
   AND +jobs.status IN ('error', 'cancelled')
 
 
--- name: cancel_job
+-- name: cancel_jobs
 -- cancel: submit -> cancelled. RunPod has not got it.
 UPDATE jobs
 SET
   status = 'cancelled', step = NULL, version = version + 1, writer = :nonce, claimer = NULL,
   cancel_at = :now, finished_at = :now, updated_at = :now
-WHERE id = :id AND status IN ('queued', 'running') AND step = 'submit'
+WHERE id IN (SELECT value FROM json_each(:ids)) AND +status IN ('queued', 'running') AND step = 'submit'
 
 
 -- name: log_cancelled
 -- The line for it, of this request alone.
 INSERT INTO job_events (job_id, version, n, at, event, detail)
-SELECT id, version, 0, :now, 'cancelled', json_object('attempt', attempt)
+SELECT id, version, 0, :now, 'cancelled', json_object('attempt', attempt, 'by', :by)
 FROM jobs
-WHERE id = :id AND writer = :nonce AND status = 'cancelled'
+WHERE id IN (SELECT value FROM json_each(:ids)) AND writer = :nonce AND +status = 'cancelled'
 ON CONFLICT DO NOTHING
 
 
@@ -311,17 +365,68 @@ ON CONFLICT DO NOTHING
 -- paid call that is under way can still be saved.
 UPDATE jobs
 SET cancel_at = :now, due_at = CASE WHEN step = 'poll' THEN :now ELSE due_at END, updated_at = :now
-WHERE id = :id AND status IN ('queued', 'running') AND step IN ('submitting', 'poll') AND cancel_at IS NULL
+WHERE id IN (SELECT value FROM json_each(:ids)) AND +status IN ('queued', 'running') AND step IN ('submitting', 'poll') AND cancel_at IS NULL
 
 
 -- name: log_asked_to_cancel
 -- A second line of the version that it was asked at. A repeat of this batch may find the job at a later one.
 INSERT INTO job_events (job_id, version, n, at, event, detail)
-SELECT id, version, 1, :now, 'cancel_asked', json_object('attempt', attempt)
+SELECT id, version, 1, :now, 'cancel_asked', json_object('attempt', attempt, 'by', :by)
 FROM jobs
-WHERE id = :id AND status IN ('queued', 'running') AND step IN ('submitting', 'poll') AND cancel_at = :now
-  AND NOT EXISTS (SELECT 1 FROM job_events WHERE job_id = :id AND event = 'cancel_asked' AND at = :now)
+WHERE id IN (SELECT value FROM json_each(:ids)) AND +status IN ('queued', 'running') AND step IN ('submitting', 'poll') AND cancel_at = :now
+  AND NOT EXISTS (SELECT 1 FROM job_events AS line WHERE line.job_id = jobs.id AND line.event = 'cancel_asked' AND line.at = :now)
 ON CONFLICT DO NOTHING
+
+
+-- name: mark_deleted
+-- Before the first file goes, so that no verb can go on from a job whose files are half gone. It stays marked until all is.
+UPDATE jobs
+SET deleted_at = :now, version = version + 1, writer = :nonce, claimer = NULL, updated_at = :now
+WHERE id IN (SELECT value FROM json_each(:ids)) AND +status IN ('done', 'error', 'cancelled') AND deleted_at IS NULL
+
+
+-- name: log_marked
+-- The line for it, of this request alone.
+INSERT INTO job_events (job_id, version, n, at, event, detail)
+SELECT id, version, 0, :now, 'deleting', json_object('by', :by)
+FROM jobs
+WHERE id IN (SELECT value FROM json_each(:ids)) AND writer = :nonce AND deleted_at = :now
+ON CONFLICT DO NOTHING
+
+
+-- name: select_deleted
+-- Those that were deleted before; one line is left of each.
+SELECT job_id FROM job_events WHERE job_id IN (SELECT value FROM json_each(:ids)) AND event = 'deleted'
+
+
+-- name: forget_metadata
+-- Nothing finds these jobs by their metadata any more.
+DELETE FROM job_metadata
+WHERE (key, value, created_at, job_id) IN (
+  SELECT word.key, word.value, jobs.created_at, jobs.id
+  FROM jobs, json_each(jobs.metadata) AS word
+  WHERE jobs.id IN (SELECT value FROM json_each(:ids)) AND jobs.deleted_at IS NOT NULL
+)
+
+
+-- name: forget_timeline
+-- What happened to them, but for the last line.
+DELETE FROM job_events
+WHERE job_id IN (SELECT id FROM jobs WHERE id IN (SELECT value FROM json_each(:ids)) AND deleted_at IS NOT NULL)
+
+
+-- name: log_deleted
+-- The one line that stays, so that a repeat has its answer.
+INSERT INTO job_events (job_id, version, n, at, event, detail)
+SELECT id, version + 1, 0, :now, 'deleted', json_object('by', :by)
+FROM jobs
+WHERE id IN (SELECT value FROM json_each(:ids)) AND deleted_at IS NOT NULL
+ON CONFLICT DO NOTHING
+
+
+-- name: delete_jobs
+-- The rows themselves, last of all.
+DELETE FROM jobs WHERE id IN (SELECT value FROM json_each(:ids)) AND deleted_at IS NOT NULL
 
 
 -- name: log_saved
@@ -348,6 +453,16 @@ WHERE jobs.writer = :nonce AND jobs.version = coalesce(json_extract(line.value, 
 SELECT * FROM jobs WHERE id = :id
 
 
+-- name: select_jobs
+-- Several jobs, but for what RunPod is given.
+SELECT
+  id, runpod_job_id, status, step, prompt, model, result_r2_key, result_url, finished_at, error_message, error_code, created_at, updated_at,
+  version, attempt, failures, holds, attempt_base, due_at, endpoint_id, runpod_status, outputs, links, warnings, dead_at, cancel_at,
+  submitted_at, started_at, completed_at, result_until, deadline_at, queue_ms, execution_ms, metadata, priority, deadline, deleted_at
+FROM jobs
+WHERE id IN (SELECT value FROM json_each(:ids))
+
+
 -- name: select_runpod_ids
 -- Which run each of these jobs has recorded.
 SELECT id, runpod_job_id, attempt, status FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))
@@ -358,28 +473,99 @@ SELECT id, runpod_job_id, attempt, status FROM jobs WHERE id IN (SELECT value FR
 SELECT version, n, at, event, detail FROM job_events WHERE job_id = :id ORDER BY version DESC, n DESC LIMIT 500
 
 
+-- name: matching
+-- The ids that a filter finds. One index finds them newest first, by the time, the status, the model or a word of the metadata,
+-- and :window of them are looked at; the rest of the filter picks from those. Each status, and each model with it, is looked
+-- up by itself, so that none is read but to its :each.
+SELECT id
+FROM jobs
+WHERE id IN (
+    SELECT id
+    FROM (
+      SELECT id, created_at
+      FROM (
+        SELECT id, created_at
+        FROM jobs
+        WHERE :lookup = 'time' AND (created_at, id) < (:from_at, :from_id) AND created_at > :after
+        ORDER BY created_at DESC, id DESC
+        LIMIT CAST(:each AS INTEGER)
+      )
+      UNION ALL
+      SELECT jobs.id, jobs.created_at
+      FROM json_each(:statuses) AS status
+      JOIN jobs ON jobs.rowid IN (
+        SELECT found.rowid
+        FROM jobs AS found
+        WHERE found.status = status.value AND (found.created_at, found.id) < (:from_at, :from_id) AND found.created_at > :after
+        ORDER BY found.created_at DESC, found.id DESC
+        LIMIT CAST(:each AS INTEGER)
+      )
+      WHERE :lookup = 'status'
+      UNION ALL
+      SELECT jobs.id, jobs.created_at
+      FROM json_each(:models) AS model
+      JOIN json_each(:statuses) AS status
+      JOIN jobs ON jobs.rowid IN (
+        SELECT found.rowid
+        FROM jobs AS found
+        WHERE found.model IS model.value AND found.status = status.value
+          AND (found.created_at, found.id) < (:from_at, :from_id) AND found.created_at > :after
+        ORDER BY found.created_at DESC, found.id DESC
+        LIMIT CAST(:each AS INTEGER)
+      )
+      WHERE :lookup = 'model'
+      UNION ALL
+      SELECT job_id, created_at
+      FROM (
+        SELECT job_id, created_at
+        FROM job_metadata
+        WHERE :lookup = 'metadata' AND key = :key AND value = :value
+          AND (created_at, job_id) < (:from_at, :from_id) AND created_at > :after
+        ORDER BY created_at DESC, job_id DESC
+        LIMIT CAST(:each AS INTEGER)
+      )
+    )
+    ORDER BY created_at DESC, id DESC
+    LIMIT CAST(:window AS INTEGER)
+  )
+  AND (created_at, id) < (:created_at, :id)
+  AND +status IN (SELECT value FROM json_each(:statuses))
+  AND (:models IS NULL OR EXISTS (SELECT 1 FROM json_each(:models) AS one WHERE one.value IS jobs.model))
+  AND NOT EXISTS (
+    SELECT 1
+    FROM json_each(:words) AS word
+    WHERE NOT EXISTS (
+      SELECT 1
+      FROM job_metadata AS meta
+      WHERE meta.key = word.key AND meta.value = word.value AND meta.created_at = jobs.created_at AND meta.job_id = jobs.id
+    )
+  )
+  AND (:text IS NULL OR instr(lower(prompt), lower(:text)) OR instr(lower(error_message), lower(:text)) OR id = :text)
+  AND (:dead_only IS NULL OR dead_at IS NOT NULL)
+-- The + keeps SQLite from reading the whole table in the order of the index.
+ORDER BY +created_at DESC, id DESC
+LIMIT CAST(:limit AS INTEGER)
+
+
 -- name: list_jobs
 -- Newest first, after the row that the cursor names.
 SELECT
   id, runpod_job_id, status, step, prompt, model, result_r2_key, result_url, finished_at, error_message, error_code, created_at, updated_at,
   version, attempt, failures, due_at, runpod_status, outputs, dead_at, cancel_at, submitted_at, started_at, completed_at, result_until,
-  deadline_at, queue_ms, execution_ms
+  deadline_at, queue_ms, execution_ms, metadata, priority, deadline, deleted_at
 FROM jobs
-WHERE (created_at, id) < (:created_at, :id)
-ORDER BY created_at DESC, id DESC
-LIMIT CAST(:limit AS INTEGER)
+WHERE id IN ({matching})
+ORDER BY +created_at DESC, id DESC
 
 
--- name: list_jobs_by_status
--- The same, of one status.
-SELECT
-  id, runpod_job_id, status, step, prompt, model, result_r2_key, result_url, finished_at, error_message, error_code, created_at, updated_at,
-  version, attempt, failures, due_at, runpod_status, outputs, dead_at, cancel_at, submitted_at, started_at, completed_at, result_until,
-  deadline_at, queue_ms, execution_ms
-FROM jobs
-WHERE status = :status AND (created_at, id) < (:created_at, :id)
-ORDER BY created_at DESC, id DESC
-LIMIT CAST(:limit AS INTEGER)
+-- name: count_jobs
+-- How many there are of each status.
+SELECT status, count(*) AS jobs FROM jobs WHERE id IN ({matching}) GROUP BY +status
+
+
+-- name: find_jobs
+-- The ids alone, with what puts them in order.
+SELECT id, created_at FROM jobs WHERE id IN ({matching}) ORDER BY +created_at DESC, id DESC
 
 
 -- name: list_dead_letters

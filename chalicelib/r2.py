@@ -132,6 +132,11 @@ class R2:
         """Remove the object; one that is not there is fine. Raises TransientError or PermanentError."""
         self._call("delete_object", deadline, Key=key)
 
+    def keys(self, prefix: str, *, deadline: Deadline) -> list[str]:
+        """The keys that begin so, at most a thousand. Raises TransientError or PermanentError."""
+        found = self._call("list_objects_v2", deadline, Prefix=prefix)
+        return [entry["Key"] for entry in found.get("Contents", [])]
+
     def public_url(self, key: str) -> str | None:
         """Where anybody may read the object for ever; None where the bucket is private."""
         return f"{self._public_base_url}/{key}" if self._public_base_url else None

@@ -127,7 +127,7 @@ class Round:
         return following
 
     def run_for(self, jobs_at_hand: list[Job]) -> Report:
-        """Take the next step of these jobs alone, which nobody has claimed: at `poll`, where a look does no harm."""
+        """Take the next step of these jobs alone: at `poll`, where a look does no harm, or claimed by their insert."""
         self._go_on(self.saver.flush(self.deadline))
         for job in jobs_at_hand:
             self._start(job)

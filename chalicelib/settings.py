@@ -151,6 +151,11 @@ class Settings:
     total_deadline: int = _setting(
         "Seconds within which a job must have been drawn, all waiting and attempts included", _deadline, default="86400"
     )
+    max_queued: int = _setting(
+        "Jobs that may be unfinished at once, queued or running; a create beyond that is refused with 429",
+        _count,
+        default="10000",
+    )
     public_base_url: str = _setting(
         "Where RunPod reaches this API, to tell of a run's end; empty: every end is found by polling",
         _url_or_empty,

@@ -1,46 +1,25 @@
 """The jobs table as the pipeline sees it: create, claim, save and read, each in one D1 call."""
 
 import json
-import re
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
-from pathlib import Path
 from random import Random
 from typing import Any
 
-from chalicelib.d1 import D1, Row, Statement
+from chalicelib.d1 import D1, Row
 from chalicelib.jobs import Change, Job, State, to_text
+from chalicelib.queries import bind
 
 POLL_AGAIN = 12  # seconds; under the 15 s grid, so that every running job is looked at in each round
-SCHEMA_CHANGE = 2  # the last of the numbered changes to the schema that the queries need
+SCHEMA_CHANGE = 4  # the last of the numbered changes to the schema that the queries need
+LOW_AHEAD = 8  # runs that wait for a worker, from which on jobs of low priority wait here
+LOW_WAIT = timedelta(minutes=10)  # for which they do; then they are like any other
 NEWEST = ("9999", "")  # a cursor that comes before every row
-
-
-def load_queries(text: str) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Each `-- name: x` block as x: (SQL with ?1, ?2…, the names those stand for)."""
-    queries = {}
-    for block in re.split(r"^-- name: ", text, flags=re.MULTILINE)[1:]:
-        name, _, body = block.partition("\n")
-        sql = "\n".join(line for line in body.splitlines() if not line.lstrip().startswith("--")).strip()
-        names = tuple(dict.fromkeys(re.findall(r"(?<![:\w]):([a-z_]+)", sql)))
-        for number, parameter in enumerate(names, start=1):
-            sql = re.sub(rf":{parameter}\b", f"?{number}", sql)
-        queries[name.strip()] = (sql, names)
-    return queries
-
-
-QUERIES = load_queries((Path(__file__).parent / "queries.sql").read_text(encoding="utf-8"))
 
 
 def new_nonce(rng: Random) -> str:
     """A name for one batch, the same for all its tries, that no other batch has."""
     return f"{rng.getrandbits(128):032x}"
-
-
-def bind(query: str, values: dict[str, Any]) -> Statement:
-    """The named query with the values it asks for; the others are left aside."""
-    sql, names = QUERIES[query]
-    return Statement(sql, tuple(values[name] for name in names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +53,20 @@ SUSPECT = 3  # claims of a result without a save, from which on it is stored alo
 class Store:
     """The table; every method is one D1 call of at most `timeout` seconds and raises what D1.query raises."""
 
-    def __init__(self, *, d1: D1, default_endpoint_id: str, submit_unknown_wait: float, total_deadline: float) -> None:
+    def __init__(
+        self,
+        *,
+        d1: D1,
+        default_endpoint_id: str,
+        submit_unknown_wait: float,
+        total_deadline: float,
+        max_queued: int,
+    ) -> None:
         self._d1 = d1
         self._endpoint_id = default_endpoint_id
         self._unknown_wait = timedelta(seconds=submit_unknown_wait)
-        self._total_deadline = timedelta(seconds=total_deadline)
+        self._total_deadline = total_deadline
+        self._max_queued = max_queued
 
     def _run(self, names: list[str], values: dict[str, Any], *, timeout: float) -> list[list[Row]]:
         return self._d1.query([bind(name, values) for name in names], timeout=timeout)
@@ -99,10 +87,23 @@ class Store:
             due_at=intent["unknown_at"],
         )
 
-    def create(self, job: Job, *, nonce: str, timeout: float) -> None:
-        """Insert the job; a repeat after a lost answer does nothing more."""
-        values = {"rows": json.dumps([asdict(job)], ensure_ascii=False), "ids": json.dumps([job.id]), "nonce": nonce}
-        self._run(["create_jobs", "log_created"], values, timeout=timeout)
+    def create(self, jobs: list[Job], *, by: str, nonce: str, timeout: float) -> list[Job]:
+        """
+        Insert all of the jobs, or none; a repeat after a lost answer does nothing more.
+
+        Returns what is there by then, with id and request_hash: the jobs, or those that were made under the same
+        idempotency key before; nothing, where the queue has no room for them.
+        """
+        values = {
+            "rows": json.dumps([asdict(job) for job in jobs], ensure_ascii=False),
+            "ids": json.dumps([job.id for job in jobs]),
+            "idempotency_key": jobs[0].idempotency_key,
+            "max_queued": self._max_queued,
+            "by": by,
+            "nonce": nonce,
+        }
+        names = ["create_jobs", "log_created", "file_metadata", "select_created"]
+        return [Job.from_row(row) for row in self._run(names, values, timeout=timeout)[-1]]
 
     def claim(
         self, *, nonce: str, now: datetime, limits: Limits, lease: float, ignore_due: bool, timeout: float
@@ -121,6 +122,8 @@ class Store:
             "poll_due": "9999" if ignore_due else to_text(now),
             "poll_again_at": to_text(now + timedelta(seconds=POLL_AGAIN)),
             "lease_until": to_text(now + timedelta(seconds=lease)),
+            "low_since": to_text(now - LOW_WAIT),
+            "low_ahead": LOW_AHEAD,
             **self._intent(now),
         }
         names = [
@@ -188,26 +191,43 @@ class Store:
             "deadline_at": self.deadline_at(now),
         }
 
-    def deadline_at(self, now: datetime) -> str:
-        """By when a job must have been drawn that begins now."""
-        return to_text(now + self._total_deadline)
+    def deadline_at(self, now: datetime, deadline: int | None = None) -> str:
+        """By when a job must have been drawn that begins now, with a deadline of its own in seconds or without."""
+        return to_text(now + timedelta(seconds=self._total_deadline if deadline is None else deadline))
 
-    def cancel(self, job_id: str, *, nonce: str, now: datetime, timeout: float) -> Job | None:
+    def cancel(self, ids: list[str], *, by: str, nonce: str, now: datetime, timeout: float) -> list[Job]:
         """
-        Cancel the job if it waits, ask for it if RunPod has it or may have it; the row as it is then, if there is one.
+        Cancel those jobs that wait, ask for it where RunPod has them or may have them; the rows as they are then.
         """
-        values = {"id": job_id, "nonce": nonce, "now": to_text(now), **self._intent(now)}
+        values = {"ids": json.dumps(ids), "by": by, "nonce": nonce, "now": to_text(now), **self._intent(now)}
         names = [
             "adopt_old_rows_event",
             "adopt_old_rows",
-            "cancel_job",
+            "cancel_jobs",
             "log_cancelled",
             "ask_to_cancel",
             "log_asked_to_cancel",
-            "select_job",
+            "select_jobs",
         ]
-        rows = self._run(names, values, timeout=timeout)[-1]
-        return Job.from_row(rows[0]) if rows else None
+        return [Job.from_row(row) for row in self._run(names, values, timeout=timeout)[-1]]
+
+    def mark_deleted(
+        self, ids: list[str], *, by: str, nonce: str, now: datetime, timeout: float
+    ) -> tuple[list[Job], set[str]]:
+        """
+        Let no verb touch those jobs any more that are final. The rows as they are then, and the ids of jobs that were
+        deleted before.
+        """
+        values = {"ids": json.dumps(ids), "by": by, "nonce": nonce, "now": to_text(now)}
+        *_, rows, gone = self._run(
+            ["mark_deleted", "log_marked", "select_jobs", "select_deleted"], values, timeout=timeout
+        )
+        return [Job.from_row(row) for row in rows], {row["job_id"] for row in gone}
+
+    def delete(self, ids: list[str], *, by: str, now: datetime, timeout: float) -> None:
+        """Remove those of the rows that are marked, and what hangs on them; one line of each timeline stays."""
+        values = {"ids": json.dumps(ids), "by": by, "now": to_text(now)}
+        self._run(["forget_metadata", "forget_timeline", "log_deleted", "delete_jobs"], values, timeout=timeout)
 
     def save(self, changes: list[Change], *, nonce: str, now: datetime, timeout: float) -> dict[str, int]:
         """
@@ -247,26 +267,6 @@ class Store:
         """One job, whole."""
         (rows,) = self._run(["select_job"], {"id": job_id}, timeout=timeout)
         return Job.from_row(rows[0]) if rows else None
-
-    def get_with_timeline(self, job_id: str, *, timeout: float) -> tuple[Job | None, list[Row]]:
-        """One job, whole, and what happened to it, oldest first; of very much the last 500 lines."""
-        rows, timeline = self._run(["select_job", "select_timeline"], {"id": job_id}, timeout=timeout)
-        return (Job.from_row(rows[0]) if rows else None), timeline[::-1]
-
-    def newest(self, *, limit: int, after: tuple[str, str] = NEWEST, status: str | None, timeout: float) -> list[Job]:
-        """Jobs newest first, those after the given (created_at, id)."""
-        query = "list_jobs" if status is None else "list_jobs_by_status"
-        values = {"limit": limit, "created_at": after[0], "id": after[1], "status": status}
-        (rows,) = self._run([query], values, timeout=timeout)
-        return [Job.from_row(row) for row in rows]
-
-    def dead_letters(
-        self, *, limit: int, after: tuple[str, str] = NEWEST, error_code: str | None = None, timeout: float
-    ) -> list[Job]:
-        """Results that could not be stored, newest first, those after the given (dead_at, id)."""
-        values = {"limit": limit, "dead_at": after[0], "id": after[1], "error_code": error_code}
-        (rows,) = self._run(["list_dead_letters"], values, timeout=timeout)
-        return [Job.from_row(row) for row in rows]
 
     def tables(self, *, timeout: float) -> set[str]:
         """The names of the tables that are there."""

@@ -1,110 +1,190 @@
-"""What users do to jobs that are there: cancel, retry, redrive."""
+"""What users do to jobs that are there: cancel, retry, redrive and delete, one or many."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 
 from chalicelib import moves
-from chalicelib.errors import RequestError, TransientError
-from chalicelib.jobs import FINAL, Change, Job, State
+from chalicelib.errors import RequestError, ServiceError, TransientError
+from chalicelib.jobs import FINAL, Change, Job, State, Status
 from chalicelib.pipeline import THREADS, VERB_TIMEOUT, Pipeline
+from chalicelib.reads import Cursor, Filter, Reads
+from chalicelib.removal import Removal, unknown, why_not_deleted
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.steps import Steps
 from chalicelib.store import Store, new_nonce
 
 GROUP_CHARS = 400_000  # of what dead letters carry that are saved together
 
+# Which jobs each verb is for.
+MEANT_FOR = {
+    "cancel": (Status.QUEUED, Status.RUNNING),
+    "retry": (Status.ERROR, Status.CANCELLED),
+    "redrive": (Status.ERROR,),
+    "delete": (Status.DONE, Status.ERROR, Status.CANCELLED),
+}
 
-@dataclass(frozen=True, kw_only=True)
-class Redrive:
-    """Dead letters by what came of them: nothing is left of the `lost`, and of the `unknown` nobody says what is."""
 
-    redriven: list[Job]
-    lost: list[Job]
-    unknown: list[Job]
-    last: Job | None  # where the next ones begin, if there may be more
+@dataclass(kw_only=True)
+class Came:
+    """What came of a verb for many: the jobs it was done to, and why it was not done to the others."""
+
+    done: list[str] = field(default_factory=list)
+    refused: dict[str, ServiceError] = field(default_factory=dict)
+
+    def note(self, job_id: str, refusal: ServiceError | None) -> None:
+        """One more job."""
+        if refusal is None:
+            self.done.append(job_id)
+        else:
+            self.refused[job_id] = refusal
 
 
 @dataclass(kw_only=True)
 class Verbs:
-    """Each may be said again, and does nothing more then."""
+    """Each may be said again, and does nothing more then. Raises what D1 raises; `by` is who wants it."""
 
     store: Store
+    reads: Reads
     steps: Steps
+    removal: Removal
     pipeline: Pipeline
     clock: Clock
     rng: Random
     new_crew: Callable[[int], Crew] = Crew
 
-    def cancel(self, job_id: str, deadline: Deadline) -> Job:
+    def cancel(self, job_id: str, deadline: Deadline, *, by: str) -> Job:
         """
         Cancel the job, or stop its run at RunPod; the job as it stands then, its run perhaps still about to be stopped.
 
         Raises RequestError where there is no such job, or nothing to cancel.
         """
-        nonce, now = new_nonce(self.rng), self.clock.now()
-        job = self.store.cancel(job_id, nonce=nonce, now=now, timeout=deadline.cap(VERB_TIMEOUT))
+        job = self._ask_to_cancel([job_id], deadline, by=by).get(job_id)
         if job is None:
-            raise _unknown()
-        if job.state is State.CANCELLED or (job.cancel_at and job.state is State.SUBMITTING):
-            return job
-        if job.state is not State.POLL:
-            raise RequestError("job_not_cancellable", _why_not_cancelled(job))
-        return self.pipeline.look_at(job, deadline)
+            raise unknown()
+        if refusal := _why_not_cancelled(job):
+            raise refusal
+        return self.pipeline.look_at(job, deadline) if job.state is State.POLL else job
 
-    def retry(self, job_id: str, deadline: Deadline) -> Job:
+    def _ask_to_cancel(self, ids: list[str], deadline: Deadline, *, by: str) -> dict[str, Job]:
+        nonce, now = new_nonce(self.rng), self.clock.now()
+        rows = self.store.cancel(ids, by=by, nonce=nonce, now=now, timeout=deadline.cap(VERB_TIMEOUT))
+        return {job.id: job for job in rows}
+
+    def retry(self, job_id: str, deadline: Deadline, *, by: str) -> Job:
         """
         Have a job drawn once more that has ended without a picture. One more paid run.
 
         Raises RequestError where there is no such job, it is live, or it has its picture.
         """
         job = self._get(job_id, deadline)
-        if job.state not in (State.ERROR, State.CANCELLED):
-            raise RequestError("job_not_retryable", _why_not_retried(job))
-        now = self.clock.now()
-        return self._reopen(moves.retry_job(job, deadline_at=self.store.deadline_at(now), now=now), deadline)
+        if job.state not in FINAL and job.attempt_base:  # retried already
+            return job
+        if refusal := _why_not_retried(job):
+            raise refusal
+        return self._reopen(self._retried(job, by=by), deadline)
 
-    def redrive(self, job_id: str, deadline: Deadline) -> Job:
+    def _retried(self, job: Job, *, by: str) -> Change:
+        now = self.clock.now()
+        return moves.retry_job(job, by=by, deadline_at=self.store.deadline_at(now, job.deadline), now=now)
+
+    def redrive(self, job_id: str, deadline: Deadline, *, by: str) -> Job:
         """
         Have the result of a dead letter stored, from where it is left; no GPU is called.
 
         Raises RequestError where there is no such job, it is no dead letter, or nothing is left of its result.
         """
         job = self._get(job_id, deadline)
-        if job.dead_at is None:
-            raise RequestError(
-                "not_dead", f"This job is {job.status}, and no dead letter; there is nothing to redrive."
-            )
+        if job.state is State.STORE:  # redriven already
+            return job
+        if refusal := _why_not_redriven(job):
+            raise refusal
         if not self.steps.has_result(job, deadline):
-            raise RequestError(
-                "result_lost", "Nothing is left of this result: RunPod has forgotten it. A retry draws it again."
-            )
-        return self._reopen(moves.redrive(job, now=self.clock.now()), deadline)
+            raise _lost()
+        return self._reopen(moves.redrive(job, by=by, now=self.clock.now()), deadline)
 
-    def redrive_many(
-        self, deadline: Deadline, *, limit: int, after: tuple[str, str], error_code: str | None, dry_run: bool
-    ) -> Redrive:
-        """Redrive dead letters, newest first, those after the given (dead_at, id). Raises what D1 raises."""
-        dead = self.store.dead_letters(
+    def delete(self, job_id: str, deadline: Deadline, *, by: str) -> None:
+        """
+        Remove the job's files and then its row; where that breaks off, the job is marked, and a repeat goes on.
+
+        Raises RequestError where there is no such job, or it is live.
+        """
+        came = self.removal.remove([job_id], deadline, by=by)
+        for refusal in came.values():
+            if refusal is not None:
+                raise refusal
+
+    def find(self, do: str, wanted: Filter, deadline: Deadline, *, limit: int, after: Cursor) -> list[Cursor]:
+        """The (created_at, id) of the newest jobs of the filter that the verb is for."""
+        statuses = tuple(status for status in MEANT_FOR[do] if status in wanted.statuses)
+        if not statuses:
+            raise RequestError("filter_invalid", f"{do} is only for jobs that are {' or '.join(MEANT_FOR[do])}.")
+        meant = replace(wanted, statuses=statuses, dead_only=do == "redrive")
+        return self.reads.find(meant, limit=limit, after=after, timeout=deadline.cap(VERB_TIMEOUT))
+
+    def do_to_all(self, do: str, ids: list[str], deadline: Deadline, *, dry_run: bool, by: str) -> Came:
+        """Do it to each of the jobs that it can be done to; with `dry_run` only say to which."""
+        if not ids:
+            return Came()
+        if do == "delete" and not dry_run:
+            came = Came()
+            for job_id, refusal in self.removal.remove(ids, deadline, by=by).items():
+                came.note(job_id, refusal)
+            return came
+        if do == "cancel" and not dry_run:
+            found = self._ask_to_cancel(ids, deadline, by=by)
+        else:
+            found = {job.id: job for job in self.reads.several(ids, timeout=deadline.cap(VERB_TIMEOUT))}
+        came = self._sort_out(do, ids, found, deadline)
+        if do in ("retry", "redrive") and not dry_run:
+            self._reopen_all(do, [found[job_id] for job_id in came.done], came, deadline, by=by)
+        return came
+
+    def _sort_out(self, do: str, ids: list[str], found: dict[str, Job], deadline: Deadline) -> Came:
+        """Which jobs it can be done to."""
+        why_not = {
+            "cancel": _why_not_cancelled,
+            "retry": _why_not_retried,
+            "redrive": _why_not_redriven,
+            "delete": why_not_deleted,
+        }[do]
+        came = Came()
+        for job_id in ids:
+            job = found.get(job_id)
+            came.note(job_id, unknown() if job is None else why_not(job))
+        if do == "redrive":
+            left = self._ask_what_is_left([found[job_id] for job_id in came.done], deadline)
+            refused, came.done = came.refused, []
+            for job_id in ids:
+                came.note(job_id, refused.get(job_id) or left.get(job_id, unanswered()))
+        return came
+
+    def _reopen_all(self, do: str, meant: list[Job], came: Came, deadline: Deadline, *, by: str) -> None:
+        now = self.clock.now()
+        retried = do == "retry"
+        changes = [self._retried(job, by=by) if retried else moves.redrive(job, by=by, now=now) for job in meant]
+        won = self._save_all(changes, deadline)
+        came.done = [job.id for job in meant if job.id in won]
+        came.refused |= {job.id: _changed() for job in meant if job.id not in won}
+
+    def redrive_all(
+        self, deadline: Deadline, *, limit: int, after: Cursor, error_code: str | None, dry_run: bool, by: str
+    ) -> tuple[Came, Job | None]:
+        """Redrive dead letters, newest first, those after the given (dead_at, id); second the last of them."""
+        dead = self.reads.dead_letters(
             limit=limit, after=after, error_code=error_code, timeout=deadline.cap(VERB_TIMEOUT)
         )
-        left = self._ask_what_is_left(dead, deadline)
-        redriven = [job for job in dead if left.get(job.id)]
+        came = self._sort_out("redrive", [job.id for job in dead], {job.id: job for job in dead}, deadline)
         if not dry_run:
-            redriven = self._redrive_all(redriven, deadline)
-        return Redrive(
-            redriven=redriven,
-            lost=[job for job in dead if left.get(job.id) is False],
-            unknown=[job for job in dead if job.id not in left],
-            last=dead[-1] if len(dead) == limit else None,
-        )
+            self._reopen_all("redrive", [job for job in dead if job.id in came.done], came, deadline, by=by)
+        return came, dead[-1] if len(dead) == limit else None
 
-    def _ask_what_is_left(self, dead: list[Job], deadline: Deadline) -> dict[str, bool]:
-        """Whether something is left of each; those of which nobody says are missing."""
+    def _ask_what_is_left(self, dead: list[Job], deadline: Deadline) -> dict[str, ServiceError | None]:
+        """Why each cannot be redriven, None where something is left of it; those of which nobody says are missing."""
 
-        def ask(job: Job) -> tuple[str, bool]:
-            return job.id, self.steps.has_result(job, deadline)
+        def ask(job: Job) -> tuple[str, ServiceError | None]:
+            return job.id, None if self.steps.has_result(job, deadline) else _lost()
 
         answers: list[object] = []
         with self.new_crew(THREADS) as crew:
@@ -114,22 +194,22 @@ class Verbs:
                 answers += crew.wait(1.0)
         return dict(answer for answer in answers if isinstance(answer, tuple))
 
-    def _redrive_all(self, dead: list[Job], deadline: Deadline) -> list[Job]:
-        """Save in groups that D1 takes; those that nobody else has changed meanwhile."""
-        now, won, group = self.clock.now(), set[str](), list[Change]()
-        for job in dead:
-            group.append(moves.redrive(job, now=now))
-            if sum(len(change.job.outputs or "") + len(change.job.links or "") for change in group) > GROUP_CHARS:
+    def _save_all(self, changes: Iterable[Change], deadline: Deadline) -> set[str]:
+        """Save in groups that D1 takes; the ids of those that nobody else has changed meanwhile."""
+        won, group = set[str](), list[Change]()
+        for change in changes:
+            group.append(change)
+            if sum(len(one.job.outputs or "") + len(one.job.links or "") for one in group) > GROUP_CHARS:
                 won |= self._save_by_user(group, deadline).keys()
                 group = []
         if group:
             won |= self._save_by_user(group, deadline).keys()
-        return [job for job in dead if job.id in won]
+        return won
 
     def _get(self, job_id: str, deadline: Deadline) -> Job:
         job = self.store.get(job_id, timeout=deadline.cap(VERB_TIMEOUT))
         if job is None:
-            raise _unknown()
+            raise unknown()
         return job
 
     def _reopen(self, change: Change, deadline: Deadline) -> Job:
@@ -138,7 +218,7 @@ class Verbs:
         # Somebody else did it first, or we did and the answer was lost: the row says what it is now.
         job = self._get(change.job.id, deadline)
         if job.state in FINAL:
-            raise TransientError("job_changed", "The job has changed at the same moment; look at it and try again.")
+            raise _changed()
         return job
 
     def _save_by_user(self, changes: list[Change], deadline: Deadline) -> dict[str, int]:
@@ -148,17 +228,44 @@ class Verbs:
         )
 
 
-def _unknown() -> RequestError:
-    return RequestError("job_not_found", "There is no job with this id.")
+def _lost() -> RequestError:
+    return RequestError(
+        "result_lost", "Nothing is left of this result: RunPod has forgotten it. A retry draws it again."
+    )
 
 
-def _why_not_cancelled(job: Job) -> str:
+def _changed() -> TransientError:
+    return TransientError("job_changed", "The job has changed at the same moment; look at it and try again.")
+
+
+def unanswered() -> TransientError:
+    """Why a dead letter is not redriven of whose result nobody says whether it is left."""
+    return TransientError("runpod_unreachable", "RunPod gives no answer about this result just now; try again.")
+
+
+def _why_not_cancelled(job: Job) -> RequestError | None:
+    if job.state is State.CANCELLED or (job.cancel_at and job.state in (State.SUBMITTING, State.POLL)):
+        return None
     if job.state is State.STORE:
-        return "The picture is drawn already and is being stored; there is nothing to cancel."
-    return f"This job is {job.status} already; there is nothing to cancel."
+        return RequestError(
+            "job_not_cancellable", "The picture is drawn already and is being stored; there is nothing to cancel."
+        )
+    return RequestError("job_not_cancellable", f"This job is {job.status} already; there is nothing to cancel.")
 
 
-def _why_not_retried(job: Job) -> str:
+def _why_not_retried(job: Job) -> RequestError | None:
+    if job.deleted_at:
+        return RequestError("job_not_retryable", "This job is being deleted.")
     if job.state is State.DONE:
-        return "This job has its picture; create a new job for another one."
-    return f"This job is {job.status} already; wait for its end, or cancel it first."
+        return RequestError("job_not_retryable", "This job has its picture; create a new job for another one.")
+    if job.state in FINAL:
+        return None
+    return RequestError("job_not_retryable", f"This job is {job.status} already; wait for its end, or cancel it first.")
+
+
+def _why_not_redriven(job: Job) -> RequestError | None:
+    if job.deleted_at:
+        return RequestError("not_dead", "This job is being deleted.")
+    if job.dead_at is None:
+        return RequestError("not_dead", f"This job is {job.status}, and no dead letter; there is nothing to redrive.")
+    return None

@@ -1,28 +1,32 @@
 """What of a job an answer shows."""
 
-from datetime import timedelta
+import json
+from datetime import datetime, timedelta
 from typing import Any
 
+from chalicelib import attempts
+from chalicelib.d1 import Row
 from chalicelib.jobs import Job, State, to_text
 from chalicelib.r2 import R2
 from chalicelib.runtime import Clock
 
-PRESIGNED_SECONDS = 3600  # that a link to a file of a private bucket holds
+PRESIGNED_FOR = timedelta(hours=1)  # that a link to a file of a private bucket holds when it is made
+SAME_FOR = timedelta(minutes=20)  # that it is given again
+MAX_SIGNED = 1_000  # of them that are remembered
 
 View = dict[str, Any]
 
 
 class Views:
-    """Jobs as answers show them; what lies in a private bucket is linked for the answer alone."""
+    """Jobs as answers show them; what lies in a private bucket is linked for a while."""
 
     def __init__(self, *, bucket: R2, clock: Clock) -> None:
         self._bucket = bucket
         self._clock = clock
+        self._signed: dict[str, tuple[str, datetime]] = {}
 
     def job(self, job: Job) -> View:
         """A job as every list and answer has it."""
-        # Before the links are made, and cut to whole seconds as they are, so that none ends earlier than is said.
-        urls_expire_at = self._expiry(job)
         files = [{**file, "url": self._url(file["url"], file["key"])} for file in job.files]
         made = {file["key"]: file["url"] for file in files}
         return {
@@ -34,7 +38,7 @@ class Views:
             "result_url": job.result_url or made.get(job.result_r2_key) or self._url(None, job.result_r2_key),
             "result_r2_key": job.result_r2_key,
             "outputs": files,
-            "urls_expire_at": urls_expire_at,
+            "urls_expire_at": self._expiry(job),
             "error": job.error_message,
             "error_code": job.error_code,
             "attempt": job.attempt,
@@ -52,7 +56,16 @@ class Views:
             "result_until": job.result_until,
             "dead_at": job.dead_at,
             "next_at": job.due_at or None if job.step else None,
+            "metadata": json.loads(job.metadata) if job.metadata else {},
+            "priority": job.priority,
+            "deadline": job.deadline,
+            "deleted_at": job.deleted_at,
         }
+
+    def whole(self, job: Job, timeline: list[Row]) -> View:
+        """A job with what happened to it and the runs that were begun for it."""
+        lines = [{"at": line["at"], "event": line["event"], **json.loads(line["detail"])} for line in timeline]
+        return {**self.job(job), "timeline": lines, "attempts": attempts.of(job, timeline)}
 
     def dead_letter(self, job: Job) -> View:
         """A dead letter, with what is left of its result."""
@@ -81,14 +94,24 @@ class Views:
         return {"id": job.id, "status": job.status, "error": job.error_message}
 
     def _url(self, url: str | None, key: str | None) -> str | None:
-        """The file's URL: the one that was stored, or the bucket's public one, or one made for this answer alone."""
+        """The file's URL: the one that was stored, or the bucket's public one, or one that is made here."""
         if url or not key:
             return url
-        return self._bucket.public_url(key) or self._bucket.presign(key, seconds=PRESIGNED_SECONDS)
+        return self._bucket.public_url(key) or self._sign(key)[0]
+
+    def _sign(self, key: str) -> tuple[str, datetime]:
+        """A URL for a while and its end; for some minutes the same one, so that an answer stays the same."""
+        now = self._clock.now().replace(microsecond=0)  # as what is signed has it
+        signed = self._signed.get(key)
+        if signed is None or signed[1] - now < PRESIGNED_FOR - SAME_FOR:
+            if len(self._signed) >= MAX_SIGNED:
+                self._signed.clear()
+            url = self._bucket.presign(key, seconds=int(PRESIGNED_FOR.total_seconds()))
+            signed = self._signed[key] = (url, now + PRESIGNED_FOR)
+        return signed
 
     def _expiry(self, job: Job) -> str | None:
-        """When the URLs in this answer end; None where they last."""
+        """When the first of the URLs in this answer ends; None where they last."""
         urls = [(job.result_url, job.result_r2_key), *((file["url"], file["key"]) for file in job.files)]
-        if all(url or not key or self._bucket.public_url(key) for url, key in urls):
-            return None
-        return to_text(self._clock.now().replace(microsecond=0) + timedelta(seconds=PRESIGNED_SECONDS))
+        ends = [self._sign(key)[1] for url, key in urls if not url and key and not self._bucket.public_url(key)]
+        return to_text(min(ends)) if ends else None

@@ -30,8 +30,9 @@ from chalicelib.credentials import Credential
 from chalicelib.d1 import D1
 from chalicelib.jobs import Job, State
 from chalicelib.r2 import R2
+from chalicelib.reads import Filter
 from chalicelib.runtime import Clock, Deadline
-from chalicelib.store import Limits
+from chalicelib.store import NEWEST, Limits
 from chalicelib.wire import Wire
 from tests.engines import processes
 from tests.engines.engine import D1Engine, S3Engine
@@ -115,7 +116,7 @@ class Bench:
         job = self.service.pipeline.new_job(
             prompt=prompt, model="qwen-image", payload={"prompt": prompt, **payload} if payload else None
         )
-        self.service.pipeline.create(job, self.deadline(24.0))
+        self.service.pipeline.create([job], self.deadline(24.0), by="test")
         return job.id
 
     def round(self, *, after: float = 15.0, seconds: float = 57.0, **options: Any) -> Any:
@@ -135,11 +136,16 @@ class Bench:
         assert job is not None
         return job
 
+    def jobs(self) -> list[Job]:
+        self.service.reads.forget()
+        return self.service.reads.page(Filter(), limit=100, after=NEWEST, counts=False, timeout=5.0).jobs
+
     def timeline(self, job_id: str) -> list[str]:
         return [line["event"] for line in self.events(job_id)]
 
     def events(self, job_id: str) -> list[dict[str, Any]]:
-        _, lines = self.service.store.get_with_timeline(job_id, timeout=5.0)
+        self.service.reads.forget()
+        _, lines = self.service.reads.job_with_timeline(job_id, timeout=5.0)
         return [{"event": line["event"], **json.loads(line["detail"])} for line in lines]
 
     def d1_calls(self, action: Callable[[], object]) -> int:

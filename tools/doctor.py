@@ -115,7 +115,7 @@ def draw(values: Mapping[str, str], *, clock: Clock) -> Iterator[Finding]:
     service = bootstrap.build(settings.load(values, env_file=NO_FILE), clock)
     job = service.pipeline.new_job(prompt=PROMPT, model="qwen-image", payload=None)
     try:
-        service.pipeline.create(job, Deadline(clock, LOOK_SECONDS))
+        service.pipeline.create([job], Deadline(clock, LOOK_SECONDS), by="doctor")
         ended = _wait_for(service, job.id, clock)
     except ServiceError as error:
         yield Finding("drawing", f"Job {job.id}: {error.sentence}", "drawing_failed")

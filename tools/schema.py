@@ -124,7 +124,7 @@ def definitions() -> dict[str, dict[str, str]]:
 
 def _brings(statement: str) -> str:
     """What a statement of schema.sql or of a change brings: a table or an index by name, a column as table.column."""
-    if match := re.match(r"CREATE (?:TABLE|INDEX) IF NOT EXISTS (\w+)", statement):
+    if match := re.match(r"CREATE (?:TABLE|(?:UNIQUE )?INDEX) IF NOT EXISTS (\w+)", statement):
         return match[1]
     if match := re.match(r"ALTER TABLE (\w+) ADD COLUMN (\w+)", statement):
         return f"{match[1]}.{match[2]}"

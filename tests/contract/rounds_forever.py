@@ -45,7 +45,7 @@ def create(service: Service, log: str, prefix: str, count: str, pause: str) -> N
             service.store.calls_left = (lambda: 0) if number % 2 else may_send
             file.write(f"try {job.id} {prompt}\n")
             try:
-                service.pipeline.create(job, Deadline(service.clock, 24.0))
+                service.pipeline.create([job], Deadline(service.clock, 24.0), by="test")
                 file.write(f"made {job.id} {prompt}\n")
             except ServiceError:
                 traceback.print_exc()

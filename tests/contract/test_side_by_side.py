@@ -63,7 +63,7 @@ def test_rounds_at_once_submit_and_store_each_job_once(cloud_server, make_servic
     for n in range(JOBS):
         payload = {"prompt": f"cat {n}", "simulate": {"queue_seconds": 0, "run_seconds": 0}}
         job = creator.pipeline.new_job(prompt=f"cat {n}", model="m", payload=payload)
-        creator.pipeline.create(job, Deadline(Clock(), 20.0))
+        creator.pipeline.create([job], Deadline(Clock(), 20.0), by="test")
         ids.add(job.id)
     services = [make_service() for _ in range(ROUNDS_AT_ONCE)]
 

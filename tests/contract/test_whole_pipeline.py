@@ -34,7 +34,7 @@ def service(cloud_server, miniflare: D1Engine, seaweedfs: S3Engine, s3_requests)
 def create(service, prompt, **simulate):
     payload = {"prompt": prompt, "simulate": {"queue_seconds": 0, "run_seconds": 0, **simulate}}
     job = service.pipeline.new_job(prompt=prompt, model="qwen-image", payload=payload)
-    service.pipeline.create(job, Deadline(Clock(), 20.0))
+    service.pipeline.create([job], Deadline(Clock(), 20.0), by="test")
     return job.id
 
 

@@ -116,7 +116,7 @@ class Scenario:
         def run(service: Service) -> object:
             job = service.pipeline.new_job(prompt="a cat", model="m", payload=payload)
             self.jobs.append(job.id)
-            service.pipeline.create(job, Deadline(service.clock, REQUEST_SECONDS))
+            service.pipeline.create([job], Deadline(service.clock, REQUEST_SECONDS), by="test")
             return job
 
         self.world.invoke("api", run, done)
@@ -126,7 +126,7 @@ class Scenario:
         self.world.invariants.asked[job_id][verb] += 1
 
         def run(service: Service) -> object:
-            return getattr(service.verbs, verb)(job_id, Deadline(service.clock, REQUEST_SECONDS))
+            return getattr(service.verbs, verb)(job_id, Deadline(service.clock, REQUEST_SECONDS), by="user")
 
         self.world.invoke("api", run)
 

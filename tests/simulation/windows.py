@@ -48,7 +48,7 @@ class Stage(Scenario):
             job = service.pipeline.new_job(prompt="a cat", model="m", payload=payload or None)
             self.jobs.append(job.id)
             self.world.faults.plans[job.id, 0] = plan
-            return service.pipeline.create(job, Deadline(service.clock, REQUEST_SECONDS))
+            return service.pipeline.create([job], Deadline(service.clock, REQUEST_SECONDS), by="test")
 
         self.step("api", run)
         return self.jobs[-1]
@@ -62,7 +62,7 @@ class Stage(Scenario):
             job = service.pipeline.new_job(prompt="a cat", model="m", payload=None)
             self.jobs[number] = job.id
             self.world.faults.plans[job.id, 0] = plan
-            return service.pipeline.create(job, Deadline(service.clock, REQUEST_SECONDS))
+            return service.pipeline.create([job], Deadline(service.clock, REQUEST_SECONDS), by="test")
 
         self.world.invoke("api", run)
 
@@ -97,7 +97,7 @@ class Stage(Scenario):
         self.world.invariants.asked[job_id][verb] += 1
         return self.step(
             "api",
-            lambda service: getattr(service.verbs, verb)(job_id, Deadline(service.clock, REQUEST_SECONDS)),
+            lambda service: getattr(service.verbs, verb)(job_id, Deadline(service.clock, REQUEST_SECONDS), by="user"),
             wait=wait,
         )
 
@@ -1129,7 +1129,7 @@ def many_dead_letters_are_redriven_and_those_without_a_result_are_told(stage: St
 
     def redrive(service: Service) -> object:
         deadline = Deadline(service.clock, REQUEST_SECONDS)
-        return service.verbs.redrive_many(deadline, limit=50, after=NEWEST, error_code=None, dry_run=False)
+        return service.verbs.redrive_all(deadline, limit=50, after=NEWEST, error_code=None, dry_run=False, by="user")
 
     for job in late:
         stage.world.invariants.asked[job]["redrive"] += 1

@@ -458,6 +458,7 @@ GUARDED = [
     ("GET", "/api/jobs"), ("GET", "/api/jobs/x"), ("POST", "/dev/runpod"), ("POST", "/dev/runpod-poll"),
     ("POST", "/api/jobs/x/cancel"), ("POST", "/api/jobs/x/retry"), ("POST", "/api/jobs/x/redrive"),
     ("GET", "/api/dead-letters"), ("POST", "/api/dead-letters/redrive"),
+    ("DELETE", "/api/jobs/x"), ("POST", "/api/jobs/bulk"),
 ]  # fmt: skip
 
 
@@ -559,7 +560,8 @@ def test_a_d1_that_fails_is_a_503_or_502_with_a_code(client, faults, clock, meth
     faults.add(D1, answer, times=99)
     start = clock.elapsed
 
-    got, body, headers = call(client, method, path, {"prompt": "a"} if "create" in path else None)
+    bodies = {"/api/queue/create": {"prompt": "a"}, "/api/jobs/bulk": {"do": "cancel", "filter": {"q": "a"}}}
+    got, body, headers = call(client, method, path, bodies.get(path))
 
     assert (got, body["ok"], body["code"]) == (status, False, code)
     assert headers.get("Retry-After") == ("300" if code == "d1_rate_limited" else None)
@@ -580,7 +582,7 @@ def test_a_missing_setting_is_one_sentence_and_mended_without_a_restart(client, 
 
 
 def test_a_bug_is_a_500_without_a_word_of_it(client, monkeypatch):
-    monkeypatch.setattr(type(bootstrap.service().store), "newest", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(type(bootstrap.service().reads), "page", lambda *_, **__: 1 / 0)
 
     status, body, headers = call(client, "GET", "/api/jobs")
 

@@ -60,13 +60,14 @@ def filled(d1, insert):
         insert("jobs", {"created_at": AT, "updated_at": AT, **row})
     for event in EVENTS:
         insert("job_events", dict(zip(schema.tables()["job_events"], event, strict=True)))
+    insert("job_metadata", {"key": "album", "value": "แมว", "created_at": AT, "job_id": "a"})
     return d1
 
 
 def everything(table):
     """Every row with the type of every value; integers as text, for D1's answers round them."""
     rows = []
-    for name in ("jobs", "job_events"):
+    for name in ("jobs", "job_events", "job_metadata"):
         columns = [row["name"] for row in table(f"SELECT name FROM pragma_table_info('{name}')")]
         values = ", ".join(f"hex({column}) || typeof({column}) AS {column}" for column in columns)
         rows += sorted(table(f"SELECT {values} FROM {name}"), key=str)
@@ -74,7 +75,7 @@ def everything(table):
 
 
 def empty(table):
-    for name in ("jobs", "job_events"):
+    for name in ("jobs", "job_events", "job_metadata"):
         table(f"DELETE FROM {name}")
 
 
@@ -85,8 +86,9 @@ def test_what_is_exported_is_restored_as_it_was(filled, table, tmp_path, clock):
     empty(table)
     restored = backup.restore(filled, tmp_path / "b.jsonl", clock)
 
-    assert told == ["job_events: 3 rows", "jobs: 7 rows"]
+    assert told == ["job_metadata: 1 rows", "job_events: 3 rows", "jobs: 7 rows"]
     assert restored == [
+        "job_metadata: 1 rows added, 0 were there",
         "job_events: 3 rows added, 0 were there",
         "jobs: 7 rows added, 0 were there",
         "2 jobs were live when this was exported.",
@@ -104,8 +106,8 @@ def test_a_row_that_is_there_stays_as_it_is_and_a_repeat_adds_nothing(filled, ta
     after = everything(table)
     second = backup.restore(filled, tmp_path / "b.jsonl", clock)
 
-    assert first[:2] == ["job_events: 2 rows added, 1 were there", "jobs: 1 rows added, 6 were there"]
-    assert second[:2] == ["job_events: 0 rows added, 3 were there", "jobs: 0 rows added, 7 were there"]
+    assert first[1:3] == ["job_events: 2 rows added, 1 were there", "jobs: 1 rows added, 6 were there"]
+    assert second[1:3] == ["job_events: 0 rows added, 3 were there", "jobs: 0 rows added, 7 were there"]
     assert everything(table) == after
     assert table("SELECT status FROM jobs WHERE id = 'b'") == [{"status": "done"}]
 
@@ -179,6 +181,7 @@ def test_columns_that_the_database_lacks_are_refused_before_anything_is_written(
     table("DROP TABLE jobs")
     table(schema.changes()[0].statements[0])
     table("DELETE FROM job_events")
+    table("DELETE FROM job_metadata")
 
     with pytest.raises(backup.Problem, match=r"The table jobs has no column step, input, .*tools.schema"):
         backup.restore(filled, tmp_path / "b.jsonl", clock)
@@ -277,10 +280,10 @@ def test_the_file_says_what_it_is_and_is_for_nobody_else(filled, tmp_path, clock
     assert first == {
         "format": "ob-ai-studio backup 1",
         "taken_at": "2026-01-31T23:59:00.000Z",
-        "counts": {"jobs": 7, "job_events": 3},
+        "counts": {"job_metadata": 1, "jobs": 7, "job_events": 3},
     }
-    assert [line["table"] for line in rows] == ["job_events"] * 3 + ["jobs"] * 7
-    assert {line["row"]["id"]: line["row"]["version"] for line in rows[3:]}["d"] == 9007199254740993
+    assert [line["table"] for line in rows] == ["job_metadata"] + ["job_events"] * 3 + ["jobs"] * 7
+    assert {line["row"]["id"]: line["row"]["version"] for line in rows[4:]}["d"] == 9007199254740993
     assert last["end"] == first["counts"]
 
 
@@ -288,7 +291,11 @@ def test_rows_without_a_key_are_nobodys_and_left_out(filled, table, tmp_path, cl
     monkeypatch.setattr(backup, "PAGE_ROWS", 1)
     table("INSERT INTO jobs (id, prompt) VALUES (NULL, 'whose?')")
 
-    assert backup.export(filled, tmp_path / "b.jsonl", clock) == ["job_events: 3 rows", "jobs: 7 rows"]
+    assert backup.export(filled, tmp_path / "b.jsonl", clock) == [
+        "job_metadata: 1 rows",
+        "job_events: 3 rows",
+        "jobs: 7 rows",
+    ]
 
 
 def test_it_leaves_most_calls_to_the_service(filled, tmp_path, clock, monkeypatch):
@@ -353,7 +360,7 @@ def test_the_commands_say_what_they_did_or_what_is_wrong(command, cloud_server, 
     d1.execute("DELETE FROM jobs")
     restored, nowhere = command("restore", path), command("restore", str(tmp_path / "none"))
 
-    assert (exported.returncode, exported.stdout) == (0, "job_events: 0 rows\njobs: 1 rows\n")
+    assert (exported.returncode, exported.stdout) == (0, "job_metadata: 0 rows\njob_events: 0 rows\njobs: 1 rows\n")
     assert (again.returncode, again.stderr) == (1, f"{path} is there already; name another file, or remove it.\n")
     assert (restored.returncode, restored.stdout) == (0, "jobs: 1 rows added, 0 were there\n")
     assert (nowhere.returncode, "No such file" in nowhere.stderr) == (1, True)

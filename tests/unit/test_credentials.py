@@ -62,7 +62,7 @@ def service_of(in_ssm, clock):
 
 def create(service, clock):
     job = service.pipeline.new_job(prompt="a cat", model="qwen-image", payload=None)
-    service.pipeline.create(job, Deadline(clock, 24.0))
+    service.pipeline.create([job], Deadline(clock, 24.0), by="test")
     return service.store.get(job.id, timeout=5.0)
 
 

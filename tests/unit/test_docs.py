@@ -27,7 +27,7 @@ def section(title):
 
 
 def test_every_route_is_in_the_table_in_the_order_of_the_code():
-    rows = re.findall(r"^\| `(GET|POST) (\S+)` \|", section("The API"), flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(GET|POST|DELETE) (\S+)` \|", section("The API"), flags=re.MULTILINE)
     routes = [(method, path) for path, methods in app.app.routes.items() for method in methods]
 
     assert rows == routes
@@ -87,6 +87,7 @@ def test_every_code_that_can_end_a_job_is_in_the_table():
             "auth",
             "bootstrap",
             "d1",
+            "filters",
             "health",
             "inputs",
             "parameters",

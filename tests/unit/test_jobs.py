@@ -26,8 +26,8 @@ VERBS = {
     "bury": lambda job: moves.bury(job, WHY, now=NOW),
     "confirm_cancel": lambda job: moves.confirm_cancel(job, runpod=RUNPOD, now=NOW),
     "put_back": lambda job: moves.put_back(job, now=NOW),
-    "retry": lambda job: moves.retry_job(job, deadline_at="2026-03-02T12:00:00.000Z", now=NOW),
-    "redrive": lambda job: moves.redrive(job, now=NOW),
+    "retry": lambda job: moves.retry_job(job, by="me", deadline_at="2026-03-02T12:00:00.000Z", now=NOW),
+    "redrive": lambda job: moves.redrive(job, by="me", now=NOW),
 }
 MADE_IN_SQL = {"claim", "expire", "cancel"}
 

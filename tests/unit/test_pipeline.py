@@ -174,7 +174,7 @@ def test_a_create_whose_answer_is_lost_for_good_is_given_back_not_sent_twice(ben
     bench.round()
 
     assert len(bench.cloud.runpod.inputs()) == 1
-    (row,) = bench.service.store.newest(limit=5, status=None, timeout=5.0)
+    (row,) = bench.jobs()
     assert row.attempt == 1
     assert "possible_duplicate" not in bench.timeline(row.id)
 
@@ -184,7 +184,7 @@ def test_a_create_whose_answer_is_lost_once_makes_one_job(bench):
 
     job_id = bench.create()
 
-    assert [job.id for job in bench.service.store.newest(limit=5, status=None, timeout=5.0)] == [job_id]
+    assert [job.id for job in bench.jobs()] == [job_id]
     assert bench.timeline(job_id) == ["created", "submitted"]
 
 
@@ -192,7 +192,7 @@ def test_an_accepted_run_that_cannot_be_saved_is_saved_first_next_time(bench):
     job = bench.service.pipeline.new_job(prompt="a cat", model="m", payload=None)
     save = bench.service.store.save
     bench.service.store.save = lambda *_, **__: (_ for _ in ()).throw(TransientError("d1_rate_limited", "locked out"))
-    bench.service.pipeline.create(job, bench.deadline())
+    bench.service.pipeline.create([job], bench.deadline(), by="test")
     assert bench.service.pipeline.saver.backlog == 1
     bench.service.store.save = save
 
@@ -207,7 +207,7 @@ def test_creating_only_queues_while_outcomes_cannot_be_saved(bench):
     job = bench.service.pipeline.new_job(prompt="first", model="m", payload=None)
     save = bench.service.store.save
     bench.service.store.save = lambda *_, **__: (_ for _ in ()).throw(TransientError("d1_rate_limited", "locked out"))
-    bench.service.pipeline.create(job, bench.deadline())
+    bench.service.pipeline.create([job], bench.deadline(), by="test")
     second = bench.create("second")
     bench.service.store.save = save
 
@@ -585,11 +585,12 @@ def test_a_senseless_answer_to_a_save_loses_no_run(bench, result):
     create = bench.service.store.create
 
     def then_senseless(*args, **options):
-        create(*args, **options)
+        made = create(*args, **options)
         bench.faults.add(D1, (200, {"success": True, "result": result}), times=3)
+        return made
 
     bench.service.store.create = then_senseless
-    bench.service.pipeline.create(job, bench.deadline())
+    bench.service.pipeline.create([job], bench.deadline(), by="test")
     assert bench.service.pipeline.saver.backlog == 1
 
     bench.round(after=0)
