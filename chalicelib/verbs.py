@@ -244,7 +244,7 @@ def unanswered() -> TransientError:
 
 
 def _why_not_cancelled(job: Job) -> RequestError | None:
-    if job.state is State.CANCELLED or (job.cancel_at and job.state in (State.SUBMITTING, State.POLL)):
+    if job.state in (State.SUBMIT, State.SUBMITTING, State.POLL, State.CANCELLED):
         return None
     if job.state is State.STORE:
         return RequestError(
