@@ -174,6 +174,31 @@ def test_r2_keeps_apart_keys_that_differ_in_case_or_in_a_prefix(bucket, stored):
     assert [stored(key)[0] for key in keys] == [key.encode() for key in keys]
 
 
+def test_r2_lists_what_begins_so_and_nothing_else(bucket):
+    keys = [
+        "jobs/2026/01/a b+c/output.png",
+        "jobs/2026/01/a b+c/2/output-2.png",
+        "jobs/2026/01/a b/output.png",
+        "other",
+    ]
+    for key in keys:
+        put(bucket, key, PICTURE)
+
+    assert sorted(bucket.keys(f"{folder}/", deadline=deadline())) == sorted(keys[:2])
+    assert bucket.keys("jobs/2025/", deadline=deadline()) == []
+
+
+def test_r2_removes_an_object_and_does_not_mind_that_there_is_none(bucket, stored):
+    put(bucket, "a/b", PICTURE)
+    put(bucket, "a/c", PICTURE)
+
+    for _ in range(2):
+        bucket.delete("a/b", deadline=deadline())
+
+    assert (stored("a/b"), stored("a/c")[0]) == (None, PICTURE)
+    assert bucket.keys("a/", deadline=deadline()) == ["a/c"]
+
+
 def test_r2_does_not_copy_what_has_changed_since_it_was_read(bucket, stored):
     put(bucket, "a", PICTURE)
 

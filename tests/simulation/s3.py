@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 from unittest import mock
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import EndpointConnectionError, ReadTimeoutError
@@ -91,6 +91,11 @@ class Bucket:
     def handle(self, method: str, url: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
         """Answer one call."""
         key = unquote(urlsplit(url).path).lstrip("/").partition("/")[2]
+        if method == "DELETE":
+            self.objects.pop(key, None)
+            return 204, {}, b""
+        if not key:
+            return 200, {}, self._list(parse_qs(urlsplit(url).query)["prefix"][0])
         if method == "PUT":
             etag = f'"{hashlib.md5(body).hexdigest()}"'
             self.objects[key] = (body, etag)
@@ -100,6 +105,10 @@ class Bucket:
         content, etag = self.objects[key]
         head = {"ETag": etag, "Content-Length": str(len(content))}
         return 200, head, b"" if method == "HEAD" else content
+
+    def _list(self, prefix: str) -> bytes:
+        keys = "".join(f"<Contents><Key>{key}</Key></Contents>" for key in self.objects if key.startswith(prefix))
+        return f"<ListBucketResult>{keys}</ListBucketResult>".encode()
 
 
 def sha256_of(content: bytes) -> str:

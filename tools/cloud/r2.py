@@ -12,7 +12,7 @@ import uuid
 from calendar import timegm
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, quote, unquote
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
@@ -28,6 +28,7 @@ AUTHORIZATION = re.compile(
 SIGNED_QUERY = re.compile(
     r"(?P<given>.*X-Amz-Algorithm=AWS4-HMAC-SHA256.*)&X-Amz-Signature=(?P<signature>[0-9a-f]{64})"
 )
+MOST_LISTED = 1_000  # keys in one answer
 SMALLEST_PART = 5 * 1024 * 1024
 REFUSED_HEADERS = ("x-amz-trailer", "x-amz-tagging", "x-amz-acl", "x-amz-sdk-checksum-algorithm")
 KEPT_HEADERS = ("content-type", "cache-control")
@@ -66,6 +67,8 @@ class R2:
             case "GET" | "HEAD" if key:
                 found = self.read(key, head=request.method == "HEAD")
                 return found or _error(404, "NoSuchKey", "The specified key does not exist.")
+            case "GET" if query.get("list-type") == "2":
+                return self._list(query)
         return _error(501, "NotImplemented", f"{request.method} of this is not implemented here.")
 
     def read(self, key: str, *, head: bool = False) -> Answer | None:
@@ -74,6 +77,7 @@ class R2:
         if not path.with_suffix(".json").exists():
             return None
         headers = json.loads(path.with_suffix(".json").read_text())
+        headers.pop("key", None)
         content = b"" if head else path.read_bytes()
         return Answer(200, content, {**headers, "Content-Length": str(path.stat().st_size)})
 
@@ -145,7 +149,7 @@ class R2:
     def _keep(self, key: str, content: bytes, headers: dict[str, str], etag: str) -> Answer:
         path = self._path(key)
         _write(path, content)
-        kept = {"content-type": "application/octet-stream", **headers, "ETag": etag}
+        kept = {"content-type": "application/octet-stream", **headers, "ETag": etag, "key": key}
         _write(path.with_suffix(".json"), json.dumps(kept).encode())
         return Answer(200, b"", {"ETag": etag})
 
@@ -166,6 +170,14 @@ class R2:
         path.with_suffix(".json").unlink(missing_ok=True)  # first: without it there is no object
         path.unlink(missing_ok=True)
         return Answer(204)
+
+    def _list(self, query: dict[str, str]) -> Answer:
+        kept = [json.loads(path.read_text()).get("key", "") for path in self._folder.glob("*.json")]
+        keys = sorted(key for key in kept if key.startswith(query.get("prefix", "")))
+        name = quote if query.get("encoding-type") == "url" else str
+        contents = "".join(f"<Contents><Key>{escape(name(key))}</Key></Contents>" for key in keys[:MOST_LISTED])
+        encoding = "<EncodingType>url</EncodingType>" if name is quote else ""
+        return _xml_of("ListBucketResult", encoding + contents)
 
     def _begin_upload(self, request: Request) -> Answer:
         upload_id = uuid.uuid4().hex
@@ -256,7 +268,10 @@ def _end(query: str) -> float:
 
 
 def _xml(root: str, fields: dict[str, str]) -> Answer:
-    inside = "".join(f"<{name}>{escape(value)}</{name}>" for name, value in fields.items())
+    return _xml_of(root, "".join(f"<{name}>{escape(value)}</{name}>" for name, value in fields.items()))
+
+
+def _xml_of(root: str, inside: str) -> Answer:
     body = f'<?xml version="1.0" encoding="UTF-8"?><{root}>{inside}</{root}>'
     return Answer(200, body.encode(), {"Content-Type": "application/xml"})
 
