@@ -40,6 +40,7 @@ CLASSES = {
     "user_cancel": (13, "a user cancels, whenever it may be"),
     "user_retry": (13, "a user retries, whenever it may be"),
     "user_redrive": (13, "a user redrives, whenever it may be"),
+    "user_delete": (13, "a user deletes, whenever it may be"),
     "clock_skew": (14, "a process whose clock is up to five minutes wrong"),
     "month_boundary": (14, "the month ends between creation and upload"),
     "poison_job": (15, "a picture that kills whoever uploads it"),

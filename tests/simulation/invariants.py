@@ -20,6 +20,7 @@ CLAIM_MOVES = {
     (State.SUBMITTING, State.CANCELLED),
     (State.SUBMIT, State.CANCELLED),
 }
+MARKED = {"deleted_at", "version", "writer", "claimer", "updated_at"}  # what a delete changes in a row
 UNGUARDED = {"due_at", "claimer", "cancel_at", "deadline_at", "updated_at"}
 SECRETS = (
     "local-cloudflare-token",
@@ -106,7 +107,7 @@ class Invariants:
             return
         rows = self._read()
         for job_id in self._rows.keys() - rows.keys():
-            self.check(False, f"{job_id} is gone")
+            self._check_deleted(self._rows[job_id])
         lines = {
             line["job_id"]: line["n"]
             for line in self._world.clouds.execute("SELECT job_id, count(*) AS n FROM job_events GROUP BY job_id")
@@ -117,7 +118,7 @@ class Invariants:
                 self._check_lines(job_id, old, row, lines.get(job_id, 0) - self._lines.get(job_id, 0))
             if old != row and old is not None:
                 self._compare(job_id, old, row)
-            if old != row and row["status"] == "done":
+            if old != row and row["status"] == "done" and row["deleted_at"] is None:
                 self._check_done(row)
             if old != row and row["runpod_job_id"] and row["step"]:
                 self._check_run(row)
@@ -138,6 +139,8 @@ class Invariants:
     def _compare(self, job_id: str, old: dict[str, Any], row: dict[str, Any]) -> None:
         before, after = Job.from_row(old).state, Job.from_row(row).state
         changed = {name for name in row if row[name] != old[name]}
+        self.check(not old["deleted_at"] or row["deleted_at"], f"{job_id} came back from being deleted")
+        self.check(not old["deleted_at"] or after in FINAL, f"{job_id} went on to {after} while it was deleted")
         if before in FINAL:
             self._check_reopened(job_id, before, after, changed)
         elif old["step"] is not None:
@@ -156,9 +159,19 @@ class Invariants:
         if row["attempt"] > old["attempt"] and row["attempt"] > 1:
             self._check_attempt(job_id, row["attempt"])
 
+    def _check_deleted(self, row: dict[str, Any]) -> None:
+        """A row goes last, and by a user."""
+        self.check(self.asked[row["id"]]["delete"], f"{row['id']} is gone, and nobody has deleted it")
+        self.check(row["deleted_at"] and Job.from_row(row).state in FINAL, f"{row['id']} went from {row['status']}")
+        left = [key for key in self._world.clouds.r2.objects if f"/{row['id']}/" in key]
+        self.check(not left, f"{row['id']} is gone, and {left} are left of it")
+
     def _check_reopened(self, job_id: str, before: State, after: State, changed: set[str]) -> None:
-        verb = USER_MOVES.get((before, after))
         asked = self.asked[job_id]
+        if "deleted_at" in changed and before is after:
+            self.check(asked["delete"] and changed <= MARKED, f"{job_id}: {sorted(changed)} changed by a delete")
+            return
+        verb = USER_MOVES.get((before, after))
         self.check(verb and asked[verb] > 0, f"{job_id} was {before}, and {sorted(changed)} changed without a user")
         if verb:
             asked[verb] -= 1
@@ -223,7 +236,7 @@ class Invariants:
         done = [event for event in events if event["event"] == "done"]
         self.check(len(done) == (row["status"] == "done"), f"{job_id}: {len(done)} results are recorded")
         last = {"done": ("done",), "error": ("failed", "dead_letter"), "cancelled": ("cancelled",)}[row["status"]]
-        own = [event for event in events if event["n"] == 0]
+        own = [event for event in events if event["n"] == 0 and event["event"] != "deleting"]
         self.check(own[-1]["event"] in last, f"{job_id} is {row['status']}, and its last event is {own[-1]['event']}")
         self.check((row["dead_at"] is not None) == (own[-1]["event"] == "dead_letter"), f"{job_id}: dead_at is wrong")
         for event in events:
@@ -260,6 +273,7 @@ class Invariants:
                 status == 200 and process is not None and process.alive and not process.service.pipeline.saver.backlog
             )
             over = run.cancelled is not None or run.finish() < self._world.now
+            told = told and run.job_id in rows  # or it was deleted, with all that named its runs
             self.check(run.id in named or not told or over, f"{run.id} of {run.job_id} goes on, and no row names it")
 
     def _check_secrets(self) -> None:

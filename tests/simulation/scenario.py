@@ -122,7 +122,7 @@ class Scenario:
         self.world.invoke("api", run, done)
 
     def verb(self, verb: str, job_id: str) -> None:
-        """A user cancels, retries or redrives."""
+        """A user cancels, retries, redrives or deletes."""
         self.world.invariants.asked[job_id][verb] += 1
 
         def run(service: Service) -> object:
@@ -286,7 +286,7 @@ class RandomScenario(Scenario):
         world.at(rng.uniform(0.0, TICK), self.every_minute)
         for _ in range(rng.randint(2, 7)):
             world.at(rng.uniform(0.0, faults.until), self._create)
-        for verb in ("cancel", "retry", "redrive"):
+        for verb in ("cancel", "retry", "redrive", "delete"):
             for _ in range(rng.choice([0, 0, 1, 3])):
                 world.at(rng.uniform(0.0, faults.until), lambda verb=verb: self._user(verb))
         if rng.random() < 0.1:
