@@ -40,6 +40,24 @@ GUARDS = """  AND jobs.version = json_extract(row.value, '$.version')
 
 MUTANTS = [
     Mutant(
+        "a delete does not mark the row",
+        "queries.sql",
+        "SET deleted_at = :now, version = version + 1, writer",
+        "SET deleted_at = :now, writer",
+    ),
+    Mutant(
+        "the row goes before its files",
+        "removal.py",
+        "        came |= self._remove_files([job for job in rows if came[job.id] is None], deadline)\n",
+        "",
+    ),
+    Mutant(
+        "a live row is marked as deleted",
+        "queries.sql",
+        "AND +status IN ('done', 'error', 'cancelled') AND deleted_at IS NULL",
+        "AND deleted_at IS NULL",
+    ),
+    Mutant(
         "no version guard",
         "queries.sql",
         GUARDS,
@@ -54,9 +72,9 @@ MUTANTS = [
     Mutant(
         "paid call before the intent is written",
         "pipeline.py",
-        "            job = self.store.with_intent(job, now=self.clock.now())\n",
-        "            self._send(self.store.with_intent(job, now=self.clock.now()), deadline)\n"
-        "            job = self.store.with_intent(job, now=self.clock.now())\n",
+        "        to_send = [job for job in made if job.state is State.SUBMITTING]\n",
+        "        to_send = [job for job in made if job.state is State.SUBMITTING]\n"
+        "        self._send_all(to_send, deadline)\n",
     ),
     Mutant(
         "intent without an attempt",
@@ -267,8 +285,8 @@ MUTANTS = [
     Mutant(
         "the second attempt overwrites the first one's picture",
         "jobs.py",
-        '    folder = job.id if job.attempt <= 1 else f"{job.id}/{job.attempt}"\n',
-        "    folder = job.id\n",
+        '    attempt = "" if job.attempt <= 1 else f"{job.attempt}/"\n',
+        '    attempt = ""\n',
     ),
     Mutant(
         "a claim hides whose save won",

@@ -83,6 +83,80 @@ def save(store, clock, *changes, nonce="w1"):
     return store.save(list(changes), nonce=nonce, now=clock.now(), timeout=5.0)
 
 
+# Creating
+
+
+def new(number, clock, **columns):
+    job = jobs.new(job_id=f"job-{number}", prompt="a cat", model="m", payload=None, now=clock.now(), **columns)
+    return [job]
+
+
+def create(store, made, nonce="n1", **under):
+    key = under.get("key")
+    made = jobs.under_key(made, key, under.get("body", "hash")) if key else made
+    return [job.id for job in store.create(made, by="me", nonce=nonce, timeout=5.0)]
+
+
+def test_a_key_is_taken_by_the_first_insert_alone(store, clock, table):
+    first = create(store, new(1, clock, metadata={"a": "b"}), "n1", key="k")
+    repeat = create(store, new(1, clock, metadata={"a": "b"}), "n1", key="k")
+    second = create(store, new(2, clock) + new(3, clock), "n2", key="k")
+
+    assert (first, repeat, second) == (["job-1"], ["job-1"], ["job-1"])
+    assert len(table("SELECT id FROM jobs")) == len(table("SELECT 1 FROM job_metadata")) == 1
+    assert events(table) == ["created"]
+    with pytest.raises(Exception, match="UNIQUE"):
+        table("INSERT INTO jobs (id, idempotency_key, idempotency_n) VALUES ('x', 'k', 0)")
+
+
+def test_many_are_inserted_together_or_not_at_all(store, clock, table):
+    store._max_queued = 3
+    assert len(create(store, new(1, clock) + new(2, clock), "n1")) == 2
+
+    assert create(store, new(3, clock) + new(4, clock), "n2") == []
+    assert create(store, new(3, clock), "n3") == ["job-3"]
+    assert create(store, new(3, clock), "n3") == ["job-3"]
+    assert create(store, new(4, clock), "n4") == []
+    assert len(table("SELECT 1 FROM jobs")) == len(table("SELECT 1 FROM job_events")) == 3
+
+
+def test_low_jobs_are_claimed_as_far_as_there_is_room(store, clock, insert, claim, monkeypatch):
+    monkeypatch.setattr("chalicelib.store.LOW_AHEAD", 4)
+    insert("poll-1", "poll", runpod_status="IN_QUEUE")
+    insert("poll-2", "poll", runpod_status="IN_PROGRESS")
+    insert("normal-1")
+    for n in range(4):
+        insert(f"low-{n}", priority="low")
+    insert("old", priority="low", created_at="2026-01-31T23:00:00.000Z", due_at="2026-01-31T23:58:00.000Z")
+
+    claimed = [job.id for job in claim() if job.state is State.SUBMITTING]
+
+    assert sorted(claimed) == ["low-0", "normal-1", "old"]
+
+
+# Deleting
+
+
+def test_a_final_row_is_marked_and_only_a_marked_one_deleted(store, clock, insert, table):
+    insert("live", "poll")
+    insert("over", None, status="done", metadata='{"a": "b"}')
+    table("INSERT INTO job_metadata VALUES ('a', 'b', ?, 'over')", jobs.to_text(clock.now()))
+    ids = ["live", "over", "nobody"]
+
+    store.delete(ids, by="me", now=clock.now(), timeout=5.0)
+    assert len(table("SELECT 1 FROM jobs")) == 2
+    rows, gone = store.mark_deleted(ids, by="me", nonce="n1", now=clock.now(), timeout=5.0)
+    assert ({job.id: bool(job.deleted_at) for job in rows}, gone) == ({"live": False, "over": True}, set())
+    assert events(table, "over") == ["deleting"]
+
+    store.delete(ids, by="me", now=clock.now(), timeout=5.0)
+
+    assert [row["id"] for row in table("SELECT id FROM jobs")] == ["live"]
+    assert table("SELECT 1 FROM job_metadata") == []
+    assert events(table, "over") == ["deleted"]
+    assert store.mark_deleted(ids, by="me", nonce="n2", now=clock.now(), timeout=5.0)[1] == {"over"}
+
+
 # Claiming submits
 
 
