@@ -116,7 +116,7 @@ class Settings:
     r2_endpoint_url: str = _setting("R2's S3 endpoint; empty: made from the account id", _url_or_empty, default="")
     r2_public_base_url: str = _setting(
         "Where the bucket is public; result_url is this and the key. Empty: the bucket is private, and every answer "
-        "has links made for it that hold for an hour",
+        "has links made for it that hold for 40 minutes or more",
         _url_or_empty,
         default="",
     )
