@@ -2,12 +2,14 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 from urllib.parse import urlsplit
 
+from chalicelib.auth import ApiKey
 from chalicelib.errors import ServiceError
 from chalicelib.settings import Settings
 
@@ -234,9 +236,13 @@ def of_keys(config: Settings) -> list[Finding]:
     if not config.api_key_hashes:
         return [Finding("keys", "No API key is configured; every request is refused.", "keys_not_configured")]
     found = []
-    if config.api_key_hashes & HASH_OF_NOTHING:
+    if {key.hash for key in config.api_key_hashes} & HASH_OF_NOTHING:
         found.append(Finding("keys", "API_KEY_HASHES has the hash of an empty key.", "empty_key"))
     if config.allow_anonymous:
         found.append(Finding("keys", "Anybody may create jobs and ask for them without a key.", "anonymous"))
-    number = len(config.api_key_hashes)
-    return found or [Finding("keys", f"{number} API {'key is' if number == 1 else 'keys are'} accepted.")]
+    return found or [Finding("keys", f"API keys: {_in_words(config.api_key_hashes)}.")]
+
+
+def _in_words(keys: Iterable[ApiKey]) -> str:
+    counted = Counter(key.right for key in keys)
+    return ", ".join(f"{number} with the right {right.word}" for right, number in sorted(counted.items()))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ def route(
             try:
                 current = service()
                 call = Call(service=current, request=request, caller=_caller(current, request, right, anonymous))
+                log.add(caller=call.caller)
                 with _forgetting(call):
                     answer = {"ok": True, **view(call, *args, **kwargs)}
                 response = respond(200 if answer["ok"] else 503, answer, call.headers)
@@ -85,10 +87,11 @@ def _forgetting(call: Call) -> Iterator[None]:
 def _caller(current: Service, request: Request, right: Right | None, anonymous: bool) -> str:
     if right is None:
         return "runpod"
+    header, keys = request.headers.get("authorization", ""), current.settings.api_key_hashes
     if anonymous and current.settings.allow_anonymous:
-        return "anonymous"
-    auth.require_key(request.headers.get("authorization", ""), current.settings)
-    return "key"
+        key = auth.identify(header, keys)
+        return key.name if key else "anonymous"
+    return auth.require(right, header, keys).name
 
 
 def respond(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
@@ -126,8 +129,18 @@ def _refuse(error: ServiceError) -> Response:
 
 
 def finish(request: Request, get_response: Callable[[Request], Response]) -> Response:
-    """Around every request: Chalice's own refusals get the shape of ours, and pages of any origin may read each one."""
+    """Around every request: an id for its answer and log lines, and for Chalice's own refusals the shape of ours."""
+    begun = time.monotonic()
+    request_id = request.lambda_context.aws_request_id if request.lambda_context else ""
+    log.begin(request_id)
     response = get_response(request)
+    _shape(response)
+    response.headers["X-Request-Id"] = request_id
+    log.answered(request.method, request.path, response.status_code, time.monotonic() - begun)
+    return response
+
+
+def _shape(response: Response) -> None:
     body = response.body
     if isinstance(body, dict) and "Code" in body:
         code, sentence = CHALICE_ERRORS.get(body["Code"], CRASHED)
@@ -135,4 +148,3 @@ def finish(request: Request, get_response: Callable[[Request], Response]) -> Res
         response.body = shaped.body
         response.headers = {**response.headers, **shaped.headers}
     response.headers.setdefault("Access-Control-Allow-Origin", "*")
-    return response

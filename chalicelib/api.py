@@ -7,7 +7,7 @@ from urllib.parse import unquote
 
 from chalice.app import Request, Response
 
-from chalicelib import advice, answers, filters, inputs, jobs
+from chalicelib import advice, answers, filters, inputs, jobs, log
 from chalicelib.answers import Answer, Call, route
 from chalicelib.auth import Right
 from chalicelib.bootstrap import service
@@ -244,6 +244,7 @@ def run_round(call: Call) -> Answer:
 
 def run_minute(context: Any) -> Answer:
     """What the schedule calls every minute: four rounds, as far as the Lambda's time lasts."""
+    log.begin(context.aws_request_id)
     current = service()
     seconds = context.get_remaining_time_in_millis() / 1000 - SCHEDULE_RESERVE
     reports = current.pipeline.run_minute(Deadline(current.clock, seconds))

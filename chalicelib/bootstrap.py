@@ -6,7 +6,7 @@ from functools import lru_cache
 from random import Random, SystemRandom
 from typing import TypeVar
 
-from chalicelib import log, parameters, settings
+from chalicelib import parameters, settings
 from chalicelib.connection import Resolve
 from chalicelib.credentials import Credential, Fresh
 from chalicelib.d1 import D1
@@ -54,7 +54,6 @@ class Service:
 @lru_cache(maxsize=1)
 def service() -> Service:
     """The service of this process, made on first use. Raises SettingError, and tries again the next time."""
-    log.set_up()
     return build(settings.load(), Clock(), load=settings.load)
 
 

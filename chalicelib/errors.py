@@ -25,6 +25,7 @@ REQUEST_STATUS = {
     "error_code_invalid": 400,
     "filter_invalid": 400,
     "flag_invalid": 400,
+    "forbidden": 403,
     "idempotency_conflict": 409,
     "idempotency_key_invalid": 400,
     "include_invalid": 400,

@@ -3,6 +3,8 @@
 import json
 import logging
 import sys
+from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from chalicelib.errors import ServiceError
@@ -11,6 +13,9 @@ from chalicelib.runtime import Clock
 
 _logger = logging.getLogger("ob-ai-studio")
 
+# What every line of one request, or of one minute of the schedule, has; threads of the crew have it too.
+_invocation: ContextVar[Mapping[str, str]] = ContextVar("invocation", default={})  # noqa: B039
+
 
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
@@ -18,6 +23,7 @@ class _JsonLines(logging.Formatter):
             "at": to_text(Clock().now()),
             "level": record.levelname.lower(),
             "message": record.getMessage(),
+            **_invocation.get(),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
@@ -25,7 +31,7 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def set_up() -> None:
+def _set_up() -> None:
     """Send our lines to standard error, once a process; Chalice's own logger says nothing below ERROR."""
     if _logger.handlers:
         return
@@ -34,6 +40,22 @@ def set_up() -> None:
     _logger.addHandler(handler)
     _logger.setLevel(logging.INFO)
     _logger.propagate = False
+
+
+def begin(request_id: str) -> None:
+    """From here on lines are of this invocation of the Lambda."""
+    _set_up()
+    _invocation.set({"request_id": request_id})
+
+
+def add(**more: str) -> None:
+    """What is known of it by now."""
+    _invocation.set({**_invocation.get(), **more})
+
+
+def answered(method: str, route: str, status: int, seconds: float) -> None:
+    """A request is over. Of its address only the pattern: a callback's own holds a secret, a query what is sought."""
+    _write(logging.INFO, "request", method=method, route=route, status=status, ms=round(seconds * 1000))
 
 
 def _write(level: int, message: str, *, exc_info: bool = False, **fields: Any) -> None:

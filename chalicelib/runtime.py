@@ -1,5 +1,6 @@
 """The two things of the machine that the pipeline uses, time and threads; a simulation puts its own in their place."""
 
+import contextvars
 import queue
 import time
 from collections.abc import Callable
@@ -63,7 +64,7 @@ class Crew:
     def start(self, task: Callable[[], object]) -> None:
         """Run the task as soon as a thread is free; an exception it raises is handed back like a result."""
         self.busy += 1
-        self._pool.submit(self._run, task)
+        self._pool.submit(contextvars.copy_context().run, self._run, task)  # so that its log lines name the request
 
     def _run(self, task: Callable[[], object]) -> None:
         try:

@@ -7,7 +7,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from chalicelib import parameters
+from chalicelib import auth, parameters
+from chalicelib.auth import ApiKey
 from chalicelib.errors import ServiceError, SettingError
 
 MAX_DEADLINE = 7 * 86_400  # seconds
@@ -78,13 +79,6 @@ def _parts(value: str) -> frozenset[str]:
     return frozenset(part.strip() for part in value.split(",") if part.strip())
 
 
-def _hashes(value: str) -> frozenset[str]:
-    hashes = frozenset(part.lower() for part in _parts(value))
-    if not all(re.fullmatch(r"[0-9a-f]{64}", part) for part in hashes):
-        raise ValueError("a comma-separated list of SHA-256 hashes, 64 hexadecimal digits each")
-    return hashes
-
-
 def _hosts(value: str) -> frozenset[str]:
     hosts = _parts(value)
     if not all(re.fullmatch(r"[^\s:]+:[0-9]{1,5}", host) for host in hosts):
@@ -120,8 +114,11 @@ class Settings:
         _url_or_empty,
         default="",
     )
-    api_key_hashes: frozenset[str] = _setting(
-        "Comma-separated SHA-256 hashes of the accepted API keys; empty: every request is refused", _hashes, default=""
+    api_key_hashes: tuple[ApiKey, ...] = _setting(
+        "Comma-separated accepted API keys, each as name:hash:right; a bare SHA-256 hash may do all. Empty: every "
+        "request is refused",
+        auth.read_entries,
+        default="",
     )
     allow_anonymous: bool = _setting(
         "`true` opens create and status to callers without a key, for the time of a move", _flag, default="false"

@@ -9,7 +9,6 @@ With an API key in the environment variable API_KEY it also says whether the ser
 
 import argparse
 import difflib
-import hashlib
 import os
 import re
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 
-from chalicelib import advice, bootstrap, settings
+from chalicelib import advice, auth, bootstrap, settings
 from chalicelib.advice import Finding, Level, from_error
 from chalicelib.bootstrap import Service
 from chalicelib.errors import ServiceError
@@ -81,12 +80,10 @@ def _unknown_names(values: Mapping[str, str]) -> Iterator[Finding]:
 def _key(config: Settings, key: str) -> Iterator[Finding]:
     if not key:
         return
-    hashes = {
-        ending: hashlib.sha256(f"{key}{ending}".encode("utf-8", "replace")).hexdigest() for ending in ("", "\n", "\r\n")
-    }
-    if hashes[""] in config.api_key_hashes:
-        yield Finding("keys", "The key in API_KEY is accepted.")
-    elif config.api_key_hashes & set(hashes.values()):
+    accepted = {one.hash: one for one in config.api_key_hashes}
+    if known := accepted.get(auth.hash_of(key)):
+        yield Finding("keys", f"The key in API_KEY is accepted; it is {known.name}, with the right {known.right.word}.")
+    elif accepted.keys() & {auth.hash_of(f"{key}{ending}") for ending in ("\n", "\r\n")}:
         yield Finding("keys", "API_KEY_HASHES has the hash of this key with a line end.", "key_with_line_end")
     else:
         yield Finding("keys", "The key in API_KEY is not accepted.", "key_unknown")

@@ -151,6 +151,7 @@ def _check_port(port: int, option: str) -> None:
 def _environment(options: argparse.Namespace, folder: Path) -> dict[str, str]:
     """The children's environment: the local cloud's settings but for the real clouds, whose settings must be there."""
     from chalicelib import settings
+    from chalicelib.auth import ApiKey, Right, hash_of
     from tools.cloud import Account, settings_for
 
     base_url = f"http://127.0.0.1:{options.cloud_port}"
@@ -166,11 +167,11 @@ def _environment(options: argparse.Namespace, folder: Path) -> dict[str, str]:
         local["PUBLIC_BASE_URL"] = f"http://127.0.0.1:{options.port}"
         local["WEBHOOK_SECRET"] = hashlib.sha256(f"webhook {_api_key(folder)}".encode()).hexdigest()
     hashes = given.get("API_KEY_HASHES", "")
-    key_hash = hashlib.sha256(_api_key(folder).encode()).hexdigest()
+    own = ApiKey(name="local", hash=hash_of(_api_key(folder)), right=Right.ADMIN)
     env = {
         **os.environ,
         **local,
-        "API_KEY_HASHES": ",".join(filter(None, [hashes, key_hash])),
+        "API_KEY_HASHES": ",".join(filter(None, [hashes, own.entry])),
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     settings.load(env)  # one sentence now rather than an error at the first request
