@@ -13,7 +13,7 @@ from chalicelib.verbs import MEANT_FOR
 
 MAX_TEXT_CHARS = 200
 FIELDS = ("status", "model", "created_after", "created_before", "metadata", "q")
-OF_A_PAGE = ("limit", "cursor", "include")
+PARAMETERS = ("status", "model", "created_after", "created_before", "q", "limit", "cursor", "include")
 OF_BULK = ("do", "filter", "limit", "cursor", "dry_run")
 METADATA = "metadata."  # begins the names of a query that stand for one word of the metadata
 
@@ -21,9 +21,11 @@ METADATA = "metadata."  # begins the names of a query that stand for one word of
 def from_query(query: MultiDict) -> Filter:
     """The filter in a query. Raises RequestError."""
     metadata = {name.removeprefix(METADATA): query[name] for name in query if name.startswith(METADATA)}
-    known = {name for name in FIELDS if name != "metadata"} | {*OF_A_PAGE}
-    if unknown := [name for name in query if name not in known and not name.startswith(METADATA)]:
-        raise RequestError("query_unknown", f"There is no parameter {unknown[0][:40]!r} here.")
+    if unknown := [name for name in query if name not in PARAMETERS and not name.startswith(METADATA)]:
+        raise RequestError(
+            "query_unknown",
+            f"There is no parameter {unknown[0][:40]!r} here; there are {', '.join(PARAMETERS)} and {METADATA}NAME.",
+        )
     given = {name: query[name] for name in FIELDS if name in query}
     if "status" in query:
         given["status"] = [status for text in query.getlist("status") for status in text.split(",")]
@@ -51,7 +53,7 @@ def read_bulk(body: dict[str, Any]) -> tuple[str, Filter]:
         raise RequestError("filter_invalid", "filter must be a JSON object.")
     if unknown := [name for name in given if name not in FIELDS]:
         raise RequestError("filter_invalid", f"filter has no field {unknown[0][:40]!r}; there are {', '.join(FIELDS)}.")
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None and value != {}}
     if not given:
         raise RequestError("filter_invalid", "filter must have at least one field, so that not all jobs are meant.")
     return do, _read(given)

@@ -332,6 +332,7 @@ def test_who_did_it_is_in_the_timeline(client, bench):
         ({"do": "cancel", "filter": []}, "filter_invalid"),
         ({"do": "delete", "filter": {}}, "filter_invalid"),
         ({"do": "delete", "filter": {"status": None, "q": None}}, "filter_invalid"),
+        ({"do": "delete", "filter": {"metadata": {}}}, "filter_invalid"),
         ({"do": "delete", "filter": {"stauts": "error"}}, "filter_invalid"),
         ({"do": "delete", "filter": {"q": "a"}, "max": 5}, "filter_invalid"),
         ({"do": "delete", "filter": {"status": "queued"}}, "filter_invalid"),
