@@ -19,7 +19,7 @@ from chalicelib.store import NEWEST
 KEPT_SECONDS = 1.5  # for which an answer stands
 KEPT_ANSWERS = 500  # at most
 ASKED_SECONDS = 15.0  # for which a job that was asked for is read together with others
-READ_TOGETHER = 100  # jobs at most
+READ_TOGETHER = 50  # jobs at most
 SEARCHED = 5_000  # jobs that are looked at where no index answers the whole filter
 COUNTED = 1_000  # jobs of a status, from which on they are not counted further
 
