@@ -162,12 +162,20 @@ def _read_priority(priority: object) -> str:
 def _read_deadline(deadline: object) -> int | None:
     if deadline is None:
         return None
-    if type(deadline) is not int or not MIN_DEADLINE <= deadline <= MAX_DEADLINE:
+    seconds = _whole(deadline)
+    if seconds is None or not MIN_DEADLINE <= seconds <= MAX_DEADLINE:
         raise RequestError(
             "deadline_invalid",
             f"deadline must be a whole number of seconds from {MIN_DEADLINE} to {MAX_DEADLINE}.",
         )
-    return deadline
+    return seconds
+
+
+def _whole(given: object) -> int | None:
+    """The whole number that this is, None where it is none; JSON does not tell 60.0 from 60."""
+    if isinstance(given, bool) or not isinstance(given, int | float) or given != int(given):
+        return None
+    return int(given)
 
 
 def read_idempotency_key(request: Request) -> str | None:
@@ -256,11 +264,12 @@ def read_redrive(body: dict[str, Any]) -> tuple[int, tuple[str, str], bool, str 
 
 def read_many(body: dict[str, Any]) -> tuple[int, tuple[str, str], bool]:
     """How many jobs, after which, and whether only to say which."""
-    limit, dry_run, cursor = body.get("limit"), body.get("dry_run"), body.get("cursor")
-    if limit is not None and (type(limit) is not int or not 1 <= limit <= MAX_LIMIT):
+    given, dry_run, cursor = body.get("limit"), body.get("dry_run"), body.get("cursor")
+    limit = DEFAULT_LIMIT if given is None else _whole(given)
+    if limit is None or not 1 <= limit <= MAX_LIMIT:
         raise RequestError("limit_invalid", f"limit must be a whole number from 1 to {MAX_LIMIT}.")
     if dry_run is not None and not isinstance(dry_run, bool):
         raise RequestError("dry_run_invalid", "dry_run must be true or false.")
     if cursor is not None and not isinstance(cursor, str):
         raise RequestError("cursor_invalid", "cursor must be a next_cursor of an earlier answer.")
-    return DEFAULT_LIMIT if limit is None else limit, read_cursor(cursor), bool(dry_run)
+    return limit, read_cursor(cursor), bool(dry_run)

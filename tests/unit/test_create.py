@@ -1,6 +1,7 @@
 """What a create takes, once and only once, one job or many, all or nothing."""
 
 import contextlib
+import json
 import threading
 
 import pytest
@@ -290,7 +291,14 @@ def test_a_bad_priority_is_refused(client, cloud, priority):
     assert (status, body["code"], count(cloud)) == (400, "priority_invalid", 0)
 
 
-@pytest.mark.parametrize("deadline", [0, -1, 59, 604_801, 1e3, 60.5, "60", True, [], {}, 10**30])
+def test_a_whole_number_is_whole_however_it_is_written(client):
+    _, body, _ = create(client, b'{"prompt": "a", "deadline": 60.0}')
+
+    view = call(client, "GET", f"/api/jobs/{body['id']}")[1]["job"]
+    assert json.dumps(view["deadline"]) == "60"
+
+
+@pytest.mark.parametrize("deadline", [0, -1, 59, 604_801, 59.0, 60.5, 1e300, "60", True, [], {}, 10**30])
 def test_a_bad_deadline_is_refused(client, cloud, deadline):
     status, body, _ = create(client, {"prompt": "a", "deadline": deadline})
 

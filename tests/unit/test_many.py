@@ -355,6 +355,7 @@ def test_who_did_it_is_in_the_timeline(client, bench):
         ({"do": "delete", "filter": {"q": "a"}, "limit": 101}, "limit_invalid"),
         ({"do": "delete", "filter": {"q": "a"}, "limit": "5"}, "limit_invalid"),
         ({"do": "delete", "filter": {"q": "a"}, "limit": True}, "limit_invalid"),
+        ({"do": "delete", "filter": {"q": "a"}, "limit": 1.5}, "limit_invalid"),
         ({"do": "delete", "filter": {"q": "a"}, "dry_run": 1}, "dry_run_invalid"),
         ({"do": "delete", "filter": {"q": "a"}, "cursor": 1}, "cursor_invalid"),
         ({"do": "delete", "filter": {"q": "a"}, "cursor": "x"}, "cursor_invalid"),
