@@ -35,6 +35,11 @@ def get_health() -> Response:
     return api.get_health(app.current_request)
 
 
+@app.route("/openapi.json", methods=["GET"])
+def get_openapi() -> Response:
+    return api.get_openapi(app.current_request)
+
+
 @app.route("/api/health", methods=["GET"])
 def get_deep_health() -> Response:
     return api.get_deep_health(app.current_request)

@@ -62,7 +62,7 @@ def route(
                 with _forgetting(call):
                     answer = {"ok": True, **view(call, *args, **kwargs)}
                 response = respond(200 if answer["ok"] else 503, answer, call.headers)
-                return _unless_known(request, response) if etag else response
+                return unless_known(request, response) if etag else response
             except ServiceError as error:
                 return _refuse(error)
             except Exception:
@@ -105,7 +105,7 @@ def respond(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | N
     )
 
 
-def _unless_known(request: Request, response: Response) -> Response:
+def unless_known(request: Request, response: Response) -> Response:
     """The answer with its ETag; without a body where the caller names that ETag."""
     # Weak, for what lies between may compress it.
     etag = f'W/"{hashlib.sha256(response.body.encode()).hexdigest()[:32]}"'

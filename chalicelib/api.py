@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -32,6 +34,18 @@ SCHEDULE_RESERVE = 0.5  # seconds of the Lambda's time kept for returning
 def get_health(request: Request | None) -> Response:
     """Alive: open, without settings, without a call to anywhere."""
     return answers.respond(200, {"ok": True, "service": SERVICE})
+
+
+def get_openapi(request: Request | None) -> Response:
+    """What every route takes and answers: open, without settings, without a call to anywhere."""
+    assert request is not None
+    return answers.unless_known(request, answers.respond(200, _document()))
+
+
+@cache
+def _document() -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(Path(__file__).with_name("openapi.json").read_bytes())
+    return document
 
 
 @route(Right.READ)

@@ -34,6 +34,7 @@ from chalicelib.reads import Filter
 from chalicelib.runtime import Clock, Deadline
 from chalicelib.store import NEWEST, Limits
 from chalicelib.wire import Wire
+from tests import openapi
 from tests.engines import processes
 from tests.engines.engine import D1Engine, S3Engine
 from tools import schema
@@ -170,12 +171,13 @@ def put(bucket: R2, key: str, data: bytes, *, seconds: float = 60.0) -> None:
 
 
 def call(client: Any, method: str, path: str, body: Any = None, *, headers: Any = None, auth: Any = AUTH) -> Any:
-    """One request to a route; its status, body and headers."""
+    """One request to a route; its status, body and headers, which are held against the document of the API."""
     raw = body if isinstance(body, (bytes, str)) else b"" if body is None else json.dumps(body).encode()
     response = getattr(client.http, method.lower())(
         path, headers={"Content-Type": "application/json", **auth, **(headers or {})}, body=raw
     )
-    return response.status_code, json.loads(response.body), response.headers
+    openapi.check(method, path, response.status_code, response.headers, response.body)
+    return response.status_code, json.loads(response.body or "null"), response.headers
 
 
 @pytest.fixture(autouse=True)

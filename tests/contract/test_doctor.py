@@ -20,6 +20,7 @@ from chalicelib import bootstrap, settings
 from chalicelib.advice import Level
 from chalicelib.jobs import to_text
 from chalicelib.runtime import Clock, Deadline
+from tests import openapi
 from tests.conftest import KEY, KEY_HASH
 from tests.engines import processes
 from tools import doctor, env_file, schema
@@ -309,6 +310,8 @@ def test_a_monitor_gets_the_same_in_short(fall_ill, healthy):
 
     assert (well.status_code, well.json()["ok"], well.json()["problems"]) == (200, True, [])
     assert (ill.status_code, ill.json()["ok"], ill.json()["code"]) == (503, False, "unhealthy")
+    for answer in (well, ill):
+        openapi.check("GET", "/api/health", answer.status_code, answer.headers, answer.content)
     assert ill.json()["error"].startswith("R2 does not let this token do that")
     assert (ill.json()["checks"]["r2"], ill.json()["checks"]["runpod"], ill.json()["checks"]["d1"]) == (
         "error", "warning", "ok",

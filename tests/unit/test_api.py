@@ -403,6 +403,7 @@ def test_a_bad_create_to_the_other_writing_route(client):
         ("/api/queue/status?id=", "id_required"),
         ("/api/queue/status?id=%20", "id_required"),
         ("/api/queue/status?id=nobody", "job_not_found"),
+        ("/api/queue/status/%20", "id_required"),
         ("/api/queue/status/nobody", "job_not_found"),
         ("/api/queue/status/%27%20OR%201=1", "job_not_found"),
         ("/api/jobs/nobody", "job_not_found"),
