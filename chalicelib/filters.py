@@ -53,7 +53,7 @@ def read_bulk(body: dict[str, Any]) -> tuple[str, Filter]:
         raise RequestError("filter_invalid", "filter must be a JSON object.")
     if unknown := [name for name in given if name not in FIELDS]:
         raise RequestError("filter_invalid", f"filter has no field {unknown[0][:40]!r}; there are {', '.join(FIELDS)}.")
-    given = {name: value for name, value in given.items() if value is not None and value != {}}
+    given = {name: value for name, value in given.items() if value is not None and (name, value) != ("metadata", {})}
     if not given:
         raise RequestError("filter_invalid", "filter must have at least one field, so that not all jobs are meant.")
     return do, _read(given)
