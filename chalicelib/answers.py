@@ -91,7 +91,10 @@ def _caller(current: Service, request: Request, right: Right | None, anonymous: 
     if anonymous and current.settings.allow_anonymous:
         key = auth.identify(header, keys)
         return key.name if key else "anonymous"
-    return auth.require(right, header, keys).name
+    key = auth.require_key(header, keys)
+    log.add(caller=key.name)
+    auth.require_right(key, right)
+    return key.name
 
 
 def respond(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:

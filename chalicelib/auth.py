@@ -76,8 +76,8 @@ def identify(authorization: str, keys: Iterable[ApiKey]) -> ApiKey | None:
     return matches[0] if matches and scheme.lower() == "bearer" and key.strip() else None
 
 
-def require(right: Right, authorization: str, keys: Iterable[ApiKey]) -> ApiKey:
-    """The key that the header carries. Raises RequestError where there is none, or it may not do that."""
+def require_key(authorization: str, keys: Iterable[ApiKey]) -> ApiKey:
+    """The accepted key that the header carries. Raises RequestError where there is none."""
     keys = tuple(keys)
     if not keys:
         raise RequestError(
@@ -86,8 +86,12 @@ def require(right: Right, authorization: str, keys: Iterable[ApiKey]) -> ApiKey:
     key = identify(authorization, keys)
     if key is None:
         raise RequestError("unauthorized", "This needs an API key: send `Authorization: Bearer <key>`.")
+    return key
+
+
+def require_right(key: ApiKey, right: Right) -> None:
+    """Raises RequestError unless the key has the right."""
     if key.right < right:
         raise RequestError(
             "forbidden", f"The key {key.name} has the right {key.right.word}; this needs the right {right.word}."
         )
-    return key

@@ -199,14 +199,24 @@ def test_a_header_without_an_accepted_key(header):
 
     assert auth.identify(header, entries) is None
     with pytest.raises(RequestError, match="This needs an API key"):
-        auth.require(Right.READ, header, entries)
+        auth.require_key(header, entries)
 
 
 @pytest.mark.parametrize("header", [f"Bearer {KEY}", f"bearer  {KEY} ", f" BEARER {KEY}"])
 def test_a_header_with_an_accepted_key(header):
     entries = auth.read_entries(f"other:{'0' * 64}:read,me:{KEY_HASH}:read")
 
-    assert auth.require(Right.READ, header, entries).name == "me"
+    assert auth.require_key(header, entries).name == "me"
+
+
+def test_every_hash_is_compared_though_the_first_is_that_of_the_key(monkeypatch):
+    entries = auth.read_entries(",".join([KEY_HASH, *(entry.entry for _, entry in NAMED.values())]))
+    compared = []
+    monkeypatch.setattr(auth.hmac, "compare_digest", lambda one, other: compared.append(other) or one == other)
+
+    auth.identify(f"Bearer {KEY}", entries)
+
+    assert compared == [entry.hash for entry in entries]
 
 
 def run_command(*arguments):
@@ -294,6 +304,22 @@ def test_a_thread_of_the_crew_has_the_request_of_whoever_started_it(client, line
 
     (line,) = [line for line in lines() if line["message"] == "no_answer"]
     assert line["request_id"] == headers["X-Request-Id"]
+
+
+def test_the_line_of_a_refused_request_names_the_key_that_lacks_the_right(client, lines):
+    call(client, "POST", "/dev/runpod", auth=bearer(NAMED[Right.READ][0]))
+
+    (line,) = lines()
+    assert (line["status"], line["caller"]) == (403, "the-read-key")
+
+
+def test_a_request_without_an_accepted_key_has_no_caller_and_not_the_one_before(client, lines):
+    call(client, "GET", "/api/jobs")
+    call(client, "GET", "/api/jobs", auth=bearer("wrong"))
+
+    before, line = lines()
+    assert (before["caller"], line["status"]) == (f"key-{KEY_HASH[:8]}", 401)
+    assert "caller" not in line
 
 
 def test_a_minute_of_the_schedule_has_the_lambdas_id(client, lines, bench):
