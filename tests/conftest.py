@@ -4,7 +4,9 @@ Builders: a clock that stands still, a local cloud at the wire, S3 by moto, and 
 D1 is the local cloud's unless a test file says otherwise with a `d1_engine` of its own.
 """
 
+import io
 import json
+import logging
 import os
 import re
 import threading
@@ -23,7 +25,7 @@ from chalice.test import Client
 from moto import mock_aws
 
 import app
-from chalicelib import bootstrap, jobs, settings
+from chalicelib import bootstrap, jobs, log, settings
 from chalicelib.bootstrap import Service
 from chalicelib.content import Content
 from chalicelib.credentials import Credential
@@ -323,6 +325,18 @@ def client(d1: D1, environment: dict[str, str], clock: FakeClock, monkeypatch: p
     with Client(app.app) as client:
         yield client
     bootstrap.service.cache_clear()
+
+
+@pytest.fixture
+def lines() -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """The lines that are logged from here on."""
+    log.begin("before")
+    stream = io.StringIO()
+    handler = logging.getLogger("ob-ai-studio").handlers[0]
+    assert isinstance(handler, logging.StreamHandler)
+    before = handler.setStream(stream)
+    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    handler.setStream(before)
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ import app
 from chalicelib import settings
 from chalicelib.errors import REQUEST_STATUS
 from chalicelib.jobs import STATUS_OF, TRANSITIONS, State
+from tests.conftest import call
+from tests.unit.test_keys import RIGHTS
 from tools import template
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +33,22 @@ def test_every_route_is_in_the_table_in_the_order_of_the_code():
     routes = [(method, path) for path, methods in app.app.routes.items() for method in methods]
 
     assert rows == routes
+
+
+def test_every_route_is_in_the_table_with_its_right():
+    rows = re.findall(r"^\| `(\w+) (\S+)` \| (\S+) \|", section("The API"), flags=re.MULTILINE)
+
+    assert {(method, path): right for method, path, right in rows} == {
+        route: right.word if right else "–" for route, right in RIGHTS.items()
+    }
+
+
+def test_the_example_of_a_line_of_the_log_has_its_fields(client, lines):
+    example = re.search(r"^\{.+?\}$", section("The log"), flags=re.MULTILINE | re.DOTALL)
+
+    call(client, "POST", "/api/queue/create", {"prompt": "a cat"})
+
+    assert list(lines()[-1]) == list(json.loads(example[0]))
 
 
 def test_every_setting_is_in_the_table_with_its_default():

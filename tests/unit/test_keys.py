@@ -1,15 +1,13 @@
 """Keys with names and rights, and the request's id that the answer and the logs have."""
 
-import io
 import json
-import logging
 import subprocess
 import sys
 
 import pytest
 
 import app
-from chalicelib import auth, bootstrap, log, settings
+from chalicelib import auth, bootstrap, settings
 from chalicelib.auth import ApiKey, Right
 from chalicelib.errors import RequestError, SettingError
 from tests.conftest import KEY, KEY_HASH, Bench, call
@@ -51,17 +49,6 @@ def environment(environment):
 @pytest.fixture
 def bench(client, cloud, clock, faults, s3):
     return Bench(bootstrap.service(), cloud, clock, faults, s3)
-
-
-@pytest.fixture
-def lines(client):
-    """The lines that are logged from here on."""
-    log.begin("before")
-    stream = io.StringIO()
-    handler = logging.getLogger("ob-ai-studio").handlers[0]
-    before = handler.setStream(stream)
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
-    handler.setStream(before)
 
 
 def bearer(key):
