@@ -46,12 +46,15 @@ def hash_of(key: str) -> str:
 
 def read_entries(text: str) -> tuple[ApiKey, ...]:
     """
-    The keys of API_KEY_HASHES: name:hash:right, or a bare hash, which may do all. Raises ValueError without a value.
+    The keys of API_KEY_HASHES: name:hash:right, or a bare hash, which may do all; of one that stands there twice the
+    first entry. Raises ValueError without a value.
     """
-    keys = {_read_entry(part.strip()) for part in text.split(",") if part.strip()}
-    if len({key.hash for key in keys}) < len(keys):
-        raise ValueError("a list in which no hash stands twice with another name or right")
-    return tuple(sorted(keys, key=lambda key: (key.name, key.hash)))
+    keys: dict[str, ApiKey] = {}
+    for entry in filter(None, map(str.strip, text.split(","))):
+        key = _read_entry(entry)
+        if keys.setdefault(key.hash, key).right is not key.right:
+            raise ValueError("a list in which no hash stands twice with another right")
+    return tuple(keys.values())
 
 
 def _read_entry(entry: str) -> ApiKey:

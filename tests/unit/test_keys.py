@@ -150,14 +150,18 @@ def test_entries_are_read():
     entries = f" web:{'A' * 64}:read ,{'b' * 64},, ops.1_x-y:{'c' * 64}:admin"
 
     assert auth.read_entries(entries) == (
+        ApiKey(name="web", hash="a" * 64, right=Right.READ),
         ApiKey(name="key-bbbbbbbb", hash="b" * 64, right=Right.ADMIN),
         ApiKey(name="ops.1_x-y", hash="c" * 64, right=Right.ADMIN),
-        ApiKey(name="web", hash="a" * 64, right=Right.READ),
     )
 
 
 def test_two_keys_may_have_one_name():
     assert len(auth.read_entries(f"web:{'a' * 64}:read,web:{'b' * 64}:read")) == 2
+
+
+def test_a_hash_that_stands_twice_with_one_right_is_one_key_with_its_first_name():
+    assert [key.name for key in auth.read_entries(f"{'a' * 64},local:{'A' * 64}:admin,{'a' * 64}")] == ["key-aaaaaaaa"]
 
 
 @pytest.mark.parametrize(
