@@ -67,6 +67,14 @@ def test_what_is_odd_is_told_by_its_own_sentence(code, odd):
     assert found[0].mend
 
 
+def test_the_keys_are_counted_by_their_right():
+    entries = f"{KEY_HASH},a:{'a' * 64}:write,b:{'b' * 64}:read,a:{'c' * 64}:write"
+
+    said = [finding.sentence for finding in findings({"API_KEY_HASHES": entries}) if finding.check == "keys"]
+
+    assert said == ["API keys: 1 with the right read, 2 with the right write, 1 with the right admin."]
+
+
 def test_the_other_half_of_the_callbacks_is_named_too():
     found = [finding for finding in findings({"PUBLIC_BASE_URL": ""}) if finding.level is not Level.OK]
 
