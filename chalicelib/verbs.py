@@ -1,6 +1,6 @@
 """What users do to jobs that are there: cancel, retry, redrive and delete, one or many."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
@@ -26,19 +26,12 @@ MEANT_FOR = {
 }
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Came:
     """What came of a verb for many: the jobs it was done to, and why it was not done to the others."""
 
     done: list[str] = field(default_factory=list)
     refused: dict[str, ServiceError] = field(default_factory=dict)
-
-    def note(self, job_id: str, refusal: ServiceError | None) -> None:
-        """One more job."""
-        if refusal is None:
-            self.done.append(job_id)
-        else:
-            self.refused[job_id] = refusal
 
 
 @dataclass(kw_only=True)
@@ -128,18 +121,12 @@ class Verbs:
         if not ids:
             return Came()
         if do == "delete" and not dry_run:
-            came = Came()
-            for job_id, refusal in self.removal.remove(ids, deadline, by=by).items():
-                came.note(job_id, refusal)
-            return came
+            return _came(self.removal.remove(ids, deadline, by=by))
         if do == "cancel" and not dry_run:
-            found = self._ask_to_cancel(ids, deadline, by=by)
-        else:
-            found = {job.id: job for job in self.reads.several(ids, timeout=deadline.cap(VERB_TIMEOUT))}
+            return self._sort_out(do, ids, self._ask_to_cancel(ids, deadline, by=by), deadline)
+        found = {job.id: job for job in self.reads.several(ids, timeout=deadline.cap(VERB_TIMEOUT))}
         came = self._sort_out(do, ids, found, deadline)
-        if do in ("retry", "redrive") and not dry_run:
-            self._reopen_all(do, [found[job_id] for job_id in came.done], came, deadline, by=by)
-        return came
+        return came if dry_run else self._reopen_all(do, found, came, deadline, by=by)
 
     def _sort_out(self, do: str, ids: list[str], found: dict[str, Job], deadline: Deadline) -> Came:
         """Which jobs it can be done to."""
@@ -149,24 +136,24 @@ class Verbs:
             "redrive": _why_not_redriven,
             "delete": why_not_deleted,
         }[do]
-        came = Came()
-        for job_id in ids:
-            job = found.get(job_id)
-            came.note(job_id, unknown() if job is None else why_not(job))
+        refusals: dict[str, ServiceError | None] = {
+            job_id: why_not(found[job_id]) if job_id in found else unknown() for job_id in ids
+        }
         if do == "redrive":
-            left = self._ask_what_is_left([found[job_id] for job_id in came.done], deadline)
-            refused, came.done = came.refused, []
-            for job_id in ids:
-                came.note(job_id, refused.get(job_id) or left.get(job_id, unanswered()))
-        return came
+            dead = [found[job_id] for job_id in ids if refusals[job_id] is None]
+            refusals |= {job.id: _unanswered() for job in dead} | self._ask_what_is_left(dead, deadline)
+        return _came(refusals)
 
-    def _reopen_all(self, do: str, meant: list[Job], came: Came, deadline: Deadline, *, by: str) -> None:
-        now = self.clock.now()
-        retried = do == "retry"
-        changes = [self._retried(job, by=by) if retried else moves.redrive(job, by=by, now=now) for job in meant]
+    def _reopen_all(self, do: str, found: dict[str, Job], came: Came, deadline: Deadline, *, by: str) -> Came:
+        """Save what can be; those that somebody else has changed meanwhile are refused, too."""
+        now, meant = self.clock.now(), [found[job_id] for job_id in came.done]
+        if do == "retry":
+            changes = [self._retried(job, by=by) for job in meant]
+        else:
+            changes = [moves.redrive(job, by=by, now=now) for job in meant]
         won = self._save_all(changes, deadline)
-        came.done = [job.id for job in meant if job.id in won]
-        came.refused |= {job.id: _changed() for job in meant if job.id not in won}
+        lost = {job.id: None if job.id in won else _changed() for job in meant}
+        return _came({**came.refused, **lost})
 
     def redrive_all(
         self, deadline: Deadline, *, limit: int, after: Cursor, error_code: str | None, dry_run: bool, by: str
@@ -175,9 +162,10 @@ class Verbs:
         dead = self.reads.dead_letters(
             limit=limit, after=after, error_code=error_code, timeout=deadline.cap(VERB_TIMEOUT)
         )
-        came = self._sort_out("redrive", [job.id for job in dead], {job.id: job for job in dead}, deadline)
+        found = {job.id: job for job in dead}
+        came = self._sort_out("redrive", list(found), found, deadline)
         if not dry_run:
-            self._reopen_all("redrive", [job for job in dead if job.id in came.done], came, deadline, by=by)
+            came = self._reopen_all("redrive", found, came, deadline, by=by)
         return came, dead[-1] if len(dead) == limit else None
 
     def _ask_what_is_left(self, dead: list[Job], deadline: Deadline) -> dict[str, ServiceError | None]:
@@ -228,6 +216,13 @@ class Verbs:
         )
 
 
+def _came(refusals: Mapping[str, ServiceError | None]) -> Came:
+    return Came(
+        done=[job_id for job_id, refusal in refusals.items() if refusal is None],
+        refused={job_id: refusal for job_id, refusal in refusals.items() if refusal is not None},
+    )
+
+
 def _lost() -> RequestError:
     return RequestError(
         "result_lost", "Nothing is left of this result: RunPod has forgotten it. A retry draws it again."
@@ -238,8 +233,7 @@ def _changed() -> TransientError:
     return TransientError("job_changed", "The job has changed at the same moment; look at it and try again.")
 
 
-def unanswered() -> TransientError:
-    """Why a dead letter is not redriven of whose result nobody says whether it is left."""
+def _unanswered() -> TransientError:
     return TransientError("runpod_unreachable", "RunPod gives no answer about this result just now; try again.")
 
 

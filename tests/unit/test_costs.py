@@ -42,10 +42,10 @@ def dead(bench, monkeypatch, number):
 def measure(client, bench, monkeypatch):
     """Each row of the table: what is asked, and how many calls it took."""
 
-    def calls(method, path, body=None):
+    def calls(method, path, body=None, **headers):
         bench.clock.advance(2)
         before = bench.cloud.calls["d1"]
-        status, answer, _ = call(client, method, path, body)
+        status, answer, _ = call(client, method, path, body, headers=headers)
         assert status == 200, answer
         return bench.cloud.calls["d1"] - before
 
@@ -60,6 +60,8 @@ def measure(client, bench, monkeypatch):
     yield "status", calls("GET", f"/api/queue/status/{job_id}")
     yield "list, with counts", calls("GET", "/api/jobs?include=counts")
     yield "one job", calls("GET", f"/api/jobs/{job_id}")
+    (running,) = made(bench, simulate=LONG)
+    yield "one job, held for 20 s", calls("GET", f"/api/jobs/{running}", Prefer="wait=20")
     yield "delete", calls("DELETE", f"/api/jobs/{job_id}")
     yield "delete, 50 jobs", bulk("delete")
     bench.faults.add(r"POST .*/run$", (429, "", {"Retry-After": "3600"}))
