@@ -181,6 +181,7 @@ def test_while_a_file_cannot_be_removed_the_row_stays_and_no_verb_touches_it(cli
     for verb, code in (("retry", "job_not_retryable"), ("redrive", "not_dead"), ("cancel", "job_not_cancellable")):
         assert call(client, "POST", f"/api/jobs/{job_id}/{verb}")[1]["code"] == code
     assert bulk(client, "retry")["done"] == bulk(client, "redrive")["done"] == []
+    assert call(client, "POST", "/api/dead-letters/redrive", {})[1]["redriven"] == []
 
     monkeypatch.setattr(R2, "keys", keys)
     assert call(client, "DELETE", f"/api/jobs/{job_id}")[0] == 200
