@@ -235,6 +235,15 @@ def test_many_are_retried(client, bench):
     assert bulk(client, "retry", {"status": "cancelled"})["done"] == []
 
 
+def test_many_are_retried_however_much_their_callers_say_of_them(client, bench, cloud):
+    words = {f"name-{n}": "x" * 500 for n in range(20)}
+    for _ in range(3):
+        call(client, "POST", "/api/queue/create", {"jobs": [{"prompt": "a", "metadata": words}] * 30})
+    cloud.d1.execute("UPDATE jobs SET status = 'error', step = NULL")
+
+    assert len(bulk(client, "retry", limit=100)["done"]) == 90
+
+
 def test_many_are_redriven(client, bench, no_r2):
     ids = dead(bench, 3)
     other = failed(bench)
