@@ -572,7 +572,7 @@ SELECT id, created_at FROM jobs WHERE id IN ({matching}) ORDER BY +created_at DE
 -- Newest first, after the row that the cursor names; of one error_code where that is given.
 SELECT
   id, runpod_job_id, status, step, prompt, model, error_message, error_code, created_at, updated_at, version, attempt, failures, due_at,
-  runpod_status, endpoint_id, outputs, links, warnings, holds, attempt_base, cancel_at, started_at, deadline_at, dead_at, submitted_at, completed_at, finished_at, result_until, queue_ms, execution_ms
+  runpod_status, endpoint_id, outputs, links, warnings, holds, attempt_base, cancel_at, started_at, deadline_at, dead_at, submitted_at, completed_at, finished_at, result_until, queue_ms, execution_ms, deleted_at
 FROM jobs
 WHERE dead_at IS NOT NULL AND (dead_at, id) < (:dead_at, :id) AND error_code = coalesce(:error_code, error_code)
 ORDER BY dead_at DESC, id DESC

@@ -225,7 +225,7 @@ def _values_to_count(wanted: Filter) -> dict[str, Any]:
     if every.lookup == "time":
         values["lookup"] = "status"
     if not every.picks:
-        values |= {"each": COUNTED, "window": SEARCHED * len(Status)}
+        values |= {"each": SEARCHED if wanted.metadata else COUNTED, "window": SEARCHED * len(Status)}
     return values
 
 

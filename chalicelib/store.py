@@ -287,11 +287,11 @@ class Store:
         return Survey(**row, rounds=rounds, failures=failures)
 
 
-# What save_changes and record_accepted read of a job; the input and the prompt are never written again.
+# What save_changes, reopen and record_accepted read of a job; what its caller said is never written again.
 SAVED = tuple(
     column.name
     for column in fields(Job)
-    if column.name not in ("prompt", "input", "model", "endpoint_id", "created_at", "updated_at")
+    if column.name not in ("prompt", "input", "model", "metadata", "endpoint_id", "created_at", "updated_at")
 )
 
 

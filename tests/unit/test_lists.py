@@ -189,6 +189,16 @@ def test_no_more_is_counted_than_is_worth_it(client, insert, monkeypatch):
     assert body["counts_limit"] == 1_000  # as the code has it
 
 
+def test_each_status_is_counted_so_far_among_those_of_one_word_too(client, insert, monkeypatch):
+    monkeypatch.setattr(reads, "COUNTED", 3)
+    for n in range(10):
+        insert(n, status="done" if n > 1 else "error", metadata={"album": "a"})
+
+    _, body, _ = call(client, "GET", "/api/jobs?metadata.album=a&include=counts")
+
+    assert (body["counts"]["done"], body["counts"]["error"]) == (3, 2)
+
+
 def test_without_include_nothing_is_counted(client, shelf):
     assert list(call(client, "GET", "/api/jobs")[1]) == ["ok", "jobs", "next_cursor"]
 

@@ -181,6 +181,7 @@ def test_while_a_file_cannot_be_removed_the_row_stays_and_no_verb_touches_it(cli
     for verb, code in (("retry", "job_not_retryable"), ("redrive", "not_dead"), ("cancel", "job_not_cancellable")):
         assert call(client, "POST", f"/api/jobs/{job_id}/{verb}")[1]["code"] == code
     assert bulk(client, "retry")["done"] == bulk(client, "redrive")["done"] == []
+    assert call(client, "POST", "/api/dead-letters/redrive", {})[1]["redriven"] == []
 
     monkeypatch.setattr(R2, "keys", keys)
     assert call(client, "DELETE", f"/api/jobs/{job_id}")[0] == 200
@@ -232,6 +233,15 @@ def test_many_are_retried(client, bench):
     bench.round()
     assert {bench.job(job_id).attempt for job_id in ids} == {2}
     assert bulk(client, "retry", {"status": "cancelled"})["done"] == []
+
+
+def test_many_are_retried_however_much_their_callers_say_of_them(client, bench, cloud):
+    words = {f"name-{n}": "x" * 500 for n in range(20)}
+    for _ in range(3):
+        call(client, "POST", "/api/queue/create", {"jobs": [{"prompt": "a", "metadata": words}] * 30})
+    cloud.d1.execute("UPDATE jobs SET status = 'error', step = NULL")
+
+    assert len(bulk(client, "retry", limit=100)["done"]) == 90
 
 
 def test_many_are_redriven(client, bench, no_r2):
