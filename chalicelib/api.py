@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -26,6 +27,7 @@ BODY_TYPES = ["application/json", "text/plain", "application/x-www-form-urlencod
 SERVICE = "ob-ai-studio"
 REQUEST_SECONDS = 24.0  # every request is over in 25 s; API Gateway gives up after 29
 READ_SECONDS = 10.0
+PAGE_BYTES = 4_000_000  # of the jobs of a list; a Lambda may answer 6 MB
 DEV_ROUND_SECONDS = 20.0
 HEALTH_SECONDS = 20.0
 SCHEDULE_RESERVE = 0.5  # seconds of the Lambda's time kept for returning
@@ -81,7 +83,8 @@ def _create(call: Call, made: list[Job]) -> list[str]:
         if made[0].idempotency_key is not None:
             error.sentence += " Send the same again, with the same Idempotency-Key: nothing is made twice."
             raise
-        error.sentence += " The job may have been made all the same: ask for it by this id before you send it again."
+        what = "The job" if len(made) == 1 else "The jobs"
+        error.sentence += f" {what} may have been made all the same: ask for this id before you send it again."
         error.job_id = made[0].id
         raise
 
@@ -103,12 +106,21 @@ def list_jobs(call: Call) -> Answer:
     wanted, counts = filters.from_query(query), filters.read_include(query)
     limit, after = inputs.read_limit(query.get("limit")), inputs.read_cursor(query.get("cursor"))
     found = call.service.reads.page(wanted, limit=limit + 1, after=after, counts=counts, timeout=READ_SECONDS)
-    page, more = found.jobs[:limit], len(found.jobs) > limit
+    page = _fitting([call.service.views.job(job) for job in found.jobs[:limit]])
+    more = len(found.jobs) > len(page)
     return {
-        "jobs": [call.service.views.job(job) for job in page],
-        "next_cursor": inputs.make_cursor(page[-1].created_at, page[-1].id) if more else None,
+        "jobs": page,
+        "next_cursor": inputs.make_cursor(page[-1]["created_at"], page[-1]["id"]) if more else None,
         **({} if found.counts is None else {"counts": found.counts, "counts_limit": COUNTED}),
     }
+
+
+def _fitting(jobs: list[Answer]) -> list[Answer]:
+    """The first of these that one answer may hold, one at least; the next page has the others."""
+    sizes = accumulate(len(json.dumps(job, ensure_ascii=False).encode()) for job in jobs)
+    return [
+        job for number, (job, size) in enumerate(zip(jobs, sizes, strict=True)) if number == 0 or size <= PAGE_BYTES
+    ]
 
 
 @route(Right.READ, etag=True)
@@ -208,7 +220,7 @@ def redrive_dead_letters(call: Call) -> Answer:
         "dry_run": dry_run,
         "redriven": came.done,
         "lost": lost,
-        "unknown": [job_id for job_id, error in came.refused.items() if error.code == "runpod_unreachable"],
+        "unknown": [job_id for job_id, error in came.refused.items() if not isinstance(error, RequestError)],
         "next_cursor": inputs.make_cursor(last.dead_at, last.id) if last else None,
     }
 

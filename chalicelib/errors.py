@@ -48,7 +48,7 @@ REQUEST_STATUS = {
     "prompt_required": 400,
     "prompt_too_long": 400,
     "q_invalid": 400,
-    "query_unknown": 400,
+    "query_invalid": 400,
     "queue_full": 429,
     "request_refused": 400,
     "result_lost": 410,

@@ -23,9 +23,11 @@ def from_query(query: MultiDict) -> Filter:
     metadata = {name.removeprefix(METADATA): query[name] for name in query if name.startswith(METADATA)}
     if unknown := [name for name in query if name not in PARAMETERS and not name.startswith(METADATA)]:
         raise RequestError(
-            "query_unknown",
+            "query_invalid",
             f"There is no parameter {unknown[0][:40]!r} here; there are {', '.join(PARAMETERS)} and {METADATA}NAME.",
         )
+    if repeated := [name for name in query if name != "status" and len(query.getlist(name)) > 1]:
+        raise RequestError("query_invalid", f"{repeated[0]} stands in the query more than once.")
     given = {name: query[name] for name in FIELDS if name in query}
     if "status" in query:
         given["status"] = [status for text in query.getlist("status") for status in text.split(",")]

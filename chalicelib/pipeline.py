@@ -89,14 +89,28 @@ class Pipeline:
             raise
         except PermanentError as error:
             if error.code == "d1_request_too_large":
-                raise RequestError("body_too_large", "The input is too large to be stored; make it smaller.") from error
+                sentence = "This is too large to be stored; make the inputs smaller, or send fewer jobs at once."
+                raise RequestError("body_too_large", sentence) from error
             raise
-        _require_room(there)
-        _require_same_request(there, wanted[0])
+        if not there:
+            raise self._no_room(len(wanted))
+        _require_same_request(there, wanted)
         if there[0].id in {job.id for job in wanted}:
             self._send_all(to_send, deadline)
             return [job.id for job in wanted]
         return [job.id for job in there]
+
+    def _no_room(self, number: int) -> RequestError:
+        most = self.store.max_queued
+        if number > most:
+            return RequestError(
+                "jobs_invalid", f"jobs must be at most {most} here, for no more may be unfinished at once."
+            )
+        return RequestError(
+            "queue_full",
+            "Too many jobs are unfinished already, so nothing was made. Try again later.",
+            retry_after=QUEUE_FULL_WAIT,
+        )
 
     def _send_all(self, to_send: list[Job], deadline: Deadline) -> None:
         if len(to_send) == 1:
@@ -236,18 +250,13 @@ class Pipeline:
         return report
 
 
-def _require_room(there: list[Job]) -> None:
-    if not there:
-        raise RequestError(
-            "queue_full",
-            "Too many jobs are unfinished already, so nothing was made. Try again later.",
-            retry_after=QUEUE_FULL_WAIT,
-        )
-
-
-def _require_same_request(there: list[Job], wanted: Job) -> None:
-    if there[0].request_hash != wanted.request_hash:
+def _require_same_request(there: list[Job], wanted: list[Job]) -> None:
+    if there[0].request_hash != wanted[0].request_hash:
         raise RequestError(
             "idempotency_conflict",
             "Another request was made with this Idempotency-Key before; nothing was made now. Give each its own key.",
+        )
+    if len(there) < len(wanted):
+        raise RequestError(
+            "job_deleted", "This request was made before, and some of its jobs have been deleted; nothing was made now."
         )

@@ -119,7 +119,7 @@ WHERE status IN ('queued', 'running') AND cancel_at IS NOT NULL AND step = 'subm
 
 -- name: claim_submits
 -- claim: submit -> submitting. The intent is on disk before any paid call; at most :limit rows and :bytes of input. A young
--- job of low priority is taken only while fewer than :low_ahead runs would wait for a worker.
+-- job of low priority that has time is taken only while fewer than :low_ahead runs would wait for a worker.
 UPDATE jobs
 SET
   step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
@@ -137,7 +137,7 @@ WHERE id IN (
       FROM (
         SELECT id, due_at, prompt, input
         FROM jobs
-        WHERE status IN ('queued', 'running') AND step = 'submit' AND due_at <= :now AND (priority <> 'low' OR created_at <= :low_since)
+        WHERE status IN ('queued', 'running') AND step = 'submit' AND due_at <= :now AND (priority <> 'low' OR created_at <= :low_since OR deadline <= CAST(:low_deadline AS INTEGER))
         ORDER BY due_at
         LIMIT CAST(:limit AS INTEGER)
       )
@@ -147,6 +147,7 @@ WHERE id IN (
         SELECT id, due_at, prompt, input
         FROM jobs
         WHERE status IN ('queued', 'running') AND step = 'submit' AND due_at <= :now AND priority = 'low' AND created_at > :low_since
+          AND coalesce(deadline > CAST(:low_deadline AS INTEGER), true)
         ORDER BY due_at
         LIMIT min(CAST(:limit AS INTEGER), max(0, CAST(:low_ahead AS INTEGER) - (
           SELECT count(*)
@@ -154,7 +155,7 @@ WHERE id IN (
             SELECT 1
             FROM jobs INDEXED BY jobs_due
             WHERE status IN ('queued', 'running') AND step IN ('submit', 'poll') AND (
-              (step = 'submit' AND due_at <= :now AND (priority <> 'low' OR created_at <= :low_since))
+              (step = 'submit' AND due_at <= :now AND (priority <> 'low' OR created_at <= :low_since OR deadline <= CAST(:low_deadline AS INTEGER)))
               OR (step = 'poll' AND runpod_status = 'IN_QUEUE')
             )
             LIMIT CAST(:low_ahead AS INTEGER)
@@ -340,6 +341,7 @@ FROM json_each(:reopened) AS row
 WHERE jobs.id = json_extract(row.value, '$.id')
   AND jobs.version = json_extract(row.value, '$.version')
   AND +jobs.status IN ('error', 'cancelled')
+  AND jobs.deleted_at IS NULL
 
 
 -- name: cancel_jobs
@@ -426,7 +428,8 @@ ON CONFLICT DO NOTHING
 
 -- name: delete_jobs
 -- The rows themselves, last of all.
-DELETE FROM jobs WHERE id IN (SELECT value FROM json_each(:ids)) AND deleted_at IS NOT NULL
+DELETE FROM jobs
+WHERE id IN (SELECT value FROM json_each(:ids)) AND +status IN ('done', 'error', 'cancelled') AND deleted_at IS NOT NULL
 
 
 -- name: log_saved

@@ -150,9 +150,10 @@ class Reads:
 
     def job_with_timeline(self, job_id: str, *, timeout: float) -> tuple[Job | None, list[Row]]:
         """One job, whole, and what happened to it, oldest first; of very much the last 500 lines."""
-        return self._recent.get(("timeline", job_id), lambda: self._read_with_timeline(job_id, timeout))
+        return self._recent.get(("timeline", job_id), lambda: self.job_with_timeline_now(job_id, timeout=timeout))
 
-    def _read_with_timeline(self, job_id: str, timeout: float) -> tuple[Job | None, list[Row]]:
+    def job_with_timeline_now(self, job_id: str, *, timeout: float) -> tuple[Job | None, list[Row]]:
+        """The same, though it was read a moment ago."""
         names = ["select_job", "select_timeline"]
         rows, timeline = self._d1.query([bind(name, {"id": job_id}) for name in names], timeout=timeout)
         return (Job.from_row(rows[0]) if rows else None), timeline[::-1]

@@ -66,7 +66,7 @@ class Store:
         self._endpoint_id = default_endpoint_id
         self._unknown_wait = timedelta(seconds=submit_unknown_wait)
         self._total_deadline = total_deadline
-        self._max_queued = max_queued
+        self.max_queued = max_queued
 
     def _run(self, names: list[str], values: dict[str, Any], *, timeout: float) -> list[list[Row]]:
         return self._d1.query([bind(name, values) for name in names], timeout=timeout)
@@ -98,7 +98,7 @@ class Store:
             "rows": json.dumps([asdict(job) for job in jobs], ensure_ascii=False),
             "ids": json.dumps([job.id for job in jobs]),
             "idempotency_key": jobs[0].idempotency_key,
-            "max_queued": self._max_queued,
+            "max_queued": self.max_queued,
             "by": by,
             "nonce": nonce,
         }
@@ -124,6 +124,7 @@ class Store:
             "lease_until": to_text(now + timedelta(seconds=lease)),
             "low_since": to_text(now - LOW_WAIT),
             "low_ahead": LOW_AHEAD,
+            "low_deadline": 2 * LOW_WAIT.total_seconds(),
             **self._intent(now),
         }
         names = [
@@ -288,11 +289,11 @@ class Store:
 
 
 # What save_changes, reopen and record_accepted read of a job; what its caller said is never written again.
-SAVED = tuple(
-    column.name
-    for column in fields(Job)
-    if column.name not in ("prompt", "input", "model", "metadata", "endpoint_id", "created_at", "updated_at")
-)
+NEVER_SAVED = (
+    "prompt", "input", "model", "metadata", "priority", "deadline", "idempotency_key", "idempotency_n", "request_hash",
+    "endpoint_id", "created_at", "updated_at", "deleted_at",
+)  # fmt: skip
+SAVED = tuple(column.name for column in fields(Job) if column.name not in NEVER_SAVED)
 
 
 def _rows(jobs: list[Job]) -> str:

@@ -151,9 +151,7 @@ class Verbs:
             changes = [self._retried(job, by=by) for job in meant]
         else:
             changes = [moves.redrive(job, by=by, now=now) for job in meant]
-        won = self._save_all(changes, deadline)
-        lost = {job.id: None if job.id in won else _changed() for job in meant}
-        return _came({**came.refused, **lost})
+        return _came({**came.refused, **self._save_all(changes, deadline)})
 
     def redrive_all(
         self, deadline: Deadline, *, limit: int, after: Cursor, error_code: str | None, dry_run: bool, by: str
@@ -182,17 +180,25 @@ class Verbs:
                 answers += crew.wait(1.0)
         return dict(answer for answer in answers if isinstance(answer, tuple))
 
-    def _save_all(self, changes: Iterable[Change], deadline: Deadline) -> set[str]:
-        """Save in groups that D1 takes; the ids of those that nobody else has changed meanwhile."""
-        won, group = set[str](), list[Change]()
+    def _save_all(self, changes: Iterable[Change], deadline: Deadline) -> dict[str, ServiceError | None]:
+        """Save in groups that D1 takes; of each job why not, None where it was saved."""
+        came: dict[str, ServiceError | None] = {}
+        group: list[Change] = []
         for change in changes:
             group.append(change)
             if sum(len(one.job.outputs or "") + len(one.job.links or "") for one in group) > GROUP_CHARS:
-                won |= self._save_by_user(group, deadline).keys()
+                came |= self._save_group(group, deadline)
                 group = []
-        if group:
-            won |= self._save_by_user(group, deadline).keys()
-        return won
+        return came | self._save_group(group, deadline)
+
+    def _save_group(self, group: list[Change], deadline: Deadline) -> dict[str, ServiceError | None]:
+        if not group:
+            return {}
+        try:
+            won = self._save_by_user(group, deadline)
+        except ServiceError as error:  # told job by job, so that nobody repeats it for others
+            return dict.fromkeys((change.job.id for change in group), error)
+        return {change.job.id: None if change.job.id in won else _changed() for change in group}
 
     def _get(self, job_id: str, deadline: Deadline) -> Job:
         job = self.store.get(job_id, timeout=deadline.cap(VERB_TIMEOUT))

@@ -30,13 +30,13 @@ class Waiting:
         """The job and its timeline when it has ended, or as they are after so many seconds; raises what D1 raises."""
         request = Deadline(self.clock, REQUEST_SECONDS)
         patience = Deadline(self.clock, min(seconds, MOST_SECONDS))
-        found = self.reads.job_with_timeline(job_id, timeout=READ_SECONDS)
+        found = self.reads.job_with_timeline_now(job_id, timeout=READ_SECONDS)
         pause = FIRST_LOOK
         while self._may_go_on(found[0], patience):
             self.clock.sleep(min(pause, patience.left()))
             pause = LOOK_EVERY
             try:
-                found = self.reads.job_with_timeline(job_id, timeout=request.cap(READ_SECONDS))
+                found = self.reads.job_with_timeline_now(job_id, timeout=request.cap(READ_SECONDS))
             except ServiceError:
                 return found  # what is a moment old is better than an error
         return found

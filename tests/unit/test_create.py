@@ -56,7 +56,7 @@ def test_another_request_with_the_same_key_is_a_conflict(client, cloud):
 def test_the_first_answer_comes_also_when_the_job_has_gone_on_and_the_queue_is_full(client, bench, cloud, monkeypatch):
     _, first, _ = create(client, {"prompt": "a cat"}, "key-1")
     bench.round()
-    monkeypatch.setattr(bench.service.store, "_max_queued", 0)
+    monkeypatch.setattr(bench.service.store, "max_queued", 0)
 
     status, again, headers = create(client, {"prompt": "a cat"}, "key-1")
 
@@ -129,6 +129,17 @@ def test_a_key_is_free_again_when_its_job_is_deleted(client, bench, cloud):
 
     assert second["id"] != first["id"]
     assert "Idempotent-Replayed" not in headers
+
+
+def test_a_list_of_which_a_job_was_deleted_has_no_shorter_answer(client, bench, cloud):
+    body = {"jobs": [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]}
+    _, first, _ = create(client, body, "key-1")
+    bench.round()
+    call(client, "DELETE", f"/api/jobs/{first['jobs'][1]['id']}")
+
+    status, again, _ = create(client, body, "key-1")
+
+    assert (status, again["code"], count(cloud)) == (410, "job_deleted", 2)
 
 
 @pytest.mark.parametrize("key", ["", " ", "x" * 256, "caf\u00e9", "a\tb", " a", "a "])
@@ -212,7 +223,7 @@ def test_null_is_left_out(client, cloud):
 
 
 def test_a_full_queue_refuses_and_writes_nothing(client, bench, cloud, faults, monkeypatch):
-    monkeypatch.setattr(bench.service.store, "_max_queued", 3)
+    monkeypatch.setattr(bench.service.store, "max_queued", 3)
     faults.add(RUN, BUSY, times=99)
     create(client, {"jobs": [{"prompt": "a"}, {"prompt": "b"}]})
 
@@ -224,8 +235,16 @@ def test_a_full_queue_refuses_and_writes_nothing(client, bench, cloud, faults, m
     assert create(client, {"prompt": "d"})[0] == 429
 
 
+def test_a_list_that_never_fits_is_not_to_be_sent_again(client, bench, cloud, monkeypatch):
+    monkeypatch.setattr(bench.service.store, "max_queued", 3)
+
+    status, body, headers = create(client, {"jobs": [{"prompt": "a"}] * 4})
+
+    assert (status, body["code"], "Retry-After" in headers, count(cloud)) == (400, "jobs_invalid", False, 0)
+
+
 def test_jobs_that_have_ended_leave_room(client, bench, monkeypatch):
-    monkeypatch.setattr(bench.service.store, "_max_queued", 1)
+    monkeypatch.setattr(bench.service.store, "max_queued", 1)
     create(client, {"prompt": "a"})
     assert create(client, {"prompt": "b"})[0] == 429
 
@@ -235,7 +254,7 @@ def test_jobs_that_have_ended_leave_room(client, bench, monkeypatch):
 
 
 def test_creates_at_once_do_not_overfill_the_queue(client, bench, cloud, monkeypatch):
-    monkeypatch.setattr(bench.service.store, "_max_queued", 5)
+    monkeypatch.setattr(bench.service.store, "max_queued", 5)
 
     def send():
         job = bench.service.pipeline.new_job(prompt="a", model="m", payload=None)
@@ -354,6 +373,17 @@ def test_low_jobs_wait_while_runpods_queue_is_long(client, bench, slow):
     bench.clock.advance(store.LOW_WAIT.total_seconds())
     bench.round()
     assert bench.job(job_id).state is State.POLL
+
+
+def test_a_low_job_with_little_time_waits_for_nobody(client, bench, slow):
+    slow(store.LOW_AHEAD)
+    soon, later = (
+        create(client, {"prompt": "low", "priority": "low", "deadline": deadline})[1]["id"] for deadline in (1200, 1201)
+    )
+
+    bench.round()
+
+    assert [bench.job(job_id).state for job_id in (soon, later)] == [State.POLL, State.SUBMIT]
 
 
 def test_low_jobs_fill_up_what_is_free_of_runpods_queue(client, bench, slow):

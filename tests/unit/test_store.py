@@ -110,7 +110,7 @@ def test_a_key_is_taken_by_the_first_insert_alone(store, clock, table):
 
 
 def test_many_are_inserted_together_or_not_at_all(store, clock, table):
-    store._max_queued = 3
+    store.max_queued = 3
     assert len(create(store, new(1, clock) + new(2, clock), "n1")) == 2
 
     assert create(store, new(3, clock) + new(4, clock), "n2") == []
