@@ -30,6 +30,7 @@ from chalicelib.bootstrap import Service
 from chalicelib.content import Content
 from chalicelib.credentials import Credential
 from chalicelib.d1 import D1
+from chalicelib.errors import TransientError
 from chalicelib.jobs import Job, State
 from chalicelib.r2 import R2
 from chalicelib.reads import Filter
@@ -313,6 +314,18 @@ def bench(
 ) -> Bench:
     monkeypatch.setattr(R2, "_connect", lambda self: _r2_client)
     return Bench(bootstrap.build(settings.load(environment), clock), cloud, clock, faults, s3)
+
+
+@pytest.fixture
+def no_r2(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """R2 as it is when nothing can be put; called, it is well again."""
+    put = R2.put
+
+    def fail(self: R2, *args: Any, **options: Any) -> None:
+        raise TransientError("r2_failed", "R2 is down.", service="r2")
+
+    monkeypatch.setattr(R2, "put", fail)
+    return lambda: monkeypatch.setattr(R2, "put", put)
 
 
 @pytest.fixture

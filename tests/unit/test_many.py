@@ -24,18 +24,6 @@ def bench(client, cloud, clock, faults, s3):
     return Bench(bootstrap.service(), cloud, clock, faults, s3)
 
 
-@pytest.fixture
-def no_r2(bench, monkeypatch):
-    """R2 as it is when nothing can be put; called, it is well again."""
-    put = R2.put
-
-    def fail(self, *args, **options):
-        raise TransientError("r2_failed", "R2 is down.", service="r2")
-
-    monkeypatch.setattr(R2, "put", fail)
-    return lambda: monkeypatch.setattr(R2, "put", put)
-
-
 def done(bench, **payload):
     job_id = bench.create("a cat", **payload)
     bench.round()

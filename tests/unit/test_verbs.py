@@ -6,7 +6,6 @@ import pytest
 import requests
 
 from chalicelib import bootstrap
-from chalicelib.errors import TransientError
 from chalicelib.jobs import State
 from chalicelib.r2 import R2
 from chalicelib.spool import Spool
@@ -30,18 +29,6 @@ def environment(environment):
 @pytest.fixture
 def bench(client, cloud, clock, faults, s3):
     return Bench(bootstrap.service(), cloud, clock, faults, s3)
-
-
-@pytest.fixture
-def no_r2(bench, monkeypatch):
-    """R2 as it is when nothing can be put; called again, it is well."""
-    put = R2.put
-
-    def fail(self, *args, **options):
-        raise TransientError("r2_failed", "R2 is down.", service="r2")
-
-    monkeypatch.setattr(R2, "put", fail)
-    return lambda: monkeypatch.setattr(R2, "put", put)
 
 
 def verb(client, name, job_id):
