@@ -15,7 +15,7 @@ from chalicelib.answers import Answer, Call, route
 from chalicelib.auth import Right
 from chalicelib.bootstrap import service
 from chalicelib.d1 import Row
-from chalicelib.errors import IndeterminateError, RequestError
+from chalicelib.errors import IndeterminateError, RequestError, no_such_job
 from chalicelib.jobs import FINAL, Job, Status
 from chalicelib.reads import COUNTED
 from chalicelib.runtime import Deadline
@@ -288,4 +288,4 @@ def _found(job: Job | None, timeline: list[Row] | None = None) -> Job:
     if timeline:
         by = json.loads(timeline[-1]["detail"]).get("by")
         raise RequestError("job_deleted", f"This job was deleted at {timeline[-1]['at']} by {by}.")
-    raise RequestError("job_not_found", "There is no job with this id.")
+    raise no_such_job()

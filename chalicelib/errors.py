@@ -106,3 +106,8 @@ class PermanentError(ServiceError):
 
 class IllegalTransition(ServiceError):
     """Raised when a job is asked to make a move that TRANSITIONS does not have."""
+
+
+def no_such_job() -> RequestError:
+    """What is said of an id that no row has."""
+    return RequestError("job_not_found", "There is no job with this id.")

@@ -10,7 +10,7 @@ from typing import Any
 from chalice.app import MultiDict, Request
 
 from chalicelib import jobs
-from chalicelib.errors import RequestError
+from chalicelib.errors import RequestError, no_such_job
 from chalicelib.jobs import DEFAULT_MODEL, LOW, NORMAL
 from chalicelib.settings import MAX_DEADLINE
 from chalicelib.store import NEWEST
@@ -204,7 +204,7 @@ def read_wait(request: Request) -> int | None:
 def read_id(job_id: str) -> str:
     """A job id; one that no row can have is not looked for."""
     if len(job_id) > MAX_ID_CHARS:
-        raise RequestError("job_not_found", "There is no job with this id.")
+        raise no_such_job()
     return job_id.strip()
 
 

@@ -11,7 +11,14 @@ from random import Random
 from uuid import UUID
 
 from chalicelib import jobs, log, moves
-from chalicelib.errors import IndeterminateError, PermanentError, RequestError, ServiceError, TransientError
+from chalicelib.errors import (
+    IndeterminateError,
+    PermanentError,
+    RequestError,
+    ServiceError,
+    TransientError,
+    no_such_job,
+)
 from chalicelib.jobs import LOW, NORMAL, Change, Job, State
 from chalicelib.rounds import DoubtfulClaim, Report, Round
 from chalicelib.runtime import Clock, Crew, Deadline
@@ -182,7 +189,7 @@ class Pipeline:
     def _get(self, job_id: str, deadline: Deadline) -> Job:
         job = self.store.get(job_id, timeout=deadline.cap(VERB_TIMEOUT))
         if job is None:
-            raise RequestError("job_not_found", "There is no job with this id.")
+            raise no_such_job()
         return job
 
     def _send(self, job: Job, deadline: Deadline) -> Change:

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from chalicelib import log
-from chalicelib.errors import RequestError, ServiceError, TransientError
+from chalicelib.errors import RequestError, ServiceError, TransientError, no_such_job
 from chalicelib.jobs import FINAL, Job, result_folder
 from chalicelib.r2 import R2
 from chalicelib.runtime import Clock, Crew, Deadline
@@ -46,7 +47,7 @@ class Removal:
 
     def _why_not(self, job: Job | None, gone: bool) -> ServiceError | None:
         if job is None:
-            return None if gone else unknown()
+            return None if gone else no_such_job()
         return why_not_deleted(job)
 
     def _remove_files(self, jobs: list[Job], deadline: Deadline) -> dict[str, ServiceError | None]:
@@ -62,7 +63,7 @@ class Removal:
 
         with self.new_crew(min(THREADS, len(jobs) or 1)) as crew:
             for job in jobs:
-                crew.start(lambda job=job: remove(job))  # type: ignore[misc]
+                crew.start(partial(remove, job))
             while crew.busy:
                 crew.wait(1.0)
         return came
@@ -74,11 +75,6 @@ class Removal:
         there = {key for key in self.bucket.keys(folder, deadline=deadline) if OWN_FILE.fullmatch(key[len(folder) :])}
         for key in sorted(named | there):
             self.bucket.delete(key, deadline=deadline)
-
-
-def unknown() -> RequestError:
-    """What is said of an id that no row has."""
-    return RequestError("job_not_found", "There is no job with this id.")
 
 
 def why_not_deleted(job: Job) -> RequestError | None:

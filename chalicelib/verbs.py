@@ -6,11 +6,11 @@ from functools import partial
 from random import Random
 
 from chalicelib import moves
-from chalicelib.errors import RequestError, ServiceError, TransientError
+from chalicelib.errors import RequestError, ServiceError, TransientError, no_such_job
 from chalicelib.jobs import FINAL, Change, Job, State, Status
 from chalicelib.pipeline import THREADS, VERB_TIMEOUT, Pipeline
 from chalicelib.reads import Cursor, Filter, Reads
-from chalicelib.removal import Removal, unknown, why_not_deleted
+from chalicelib.removal import Removal, why_not_deleted
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.steps import Steps
 from chalicelib.store import Store, new_nonce
@@ -55,7 +55,7 @@ class Verbs:
         """
         job = self._ask_to_cancel([job_id], deadline, by=by).get(job_id)
         if job is None:
-            raise unknown()
+            raise no_such_job()
         if refusal := _why_not_cancelled(job):
             raise refusal
         return self.pipeline.look_at(job, deadline) if job.state is State.POLL else job
@@ -137,7 +137,7 @@ class Verbs:
             "delete": why_not_deleted,
         }[do]
         refusals: dict[str, ServiceError | None] = {
-            job_id: why_not(found[job_id]) if job_id in found else unknown() for job_id in ids
+            job_id: why_not(found[job_id]) if job_id in found else no_such_job() for job_id in ids
         }
         if do == "redrive":
             dead = [found[job_id] for job_id in ids if refusals[job_id] is None]
@@ -203,7 +203,7 @@ class Verbs:
     def _get(self, job_id: str, deadline: Deadline) -> Job:
         job = self.store.get(job_id, timeout=deadline.cap(VERB_TIMEOUT))
         if job is None:
-            raise unknown()
+            raise no_such_job()
         return job
 
     def _reopen(self, change: Change, deadline: Deadline) -> Job:
