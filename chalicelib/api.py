@@ -178,7 +178,7 @@ def do_to_many(call: Call) -> Answer:
     found = call.service.verbs.find(do, wanted, deadline, limit=limit + 1, after=after)
     page = found[:limit]
     ids = [job_id for _, job_id in page]
-    came = call.service.verbs.do_to_all(do, ids, deadline, dry_run=dry_run, by=call.caller)
+    came = call.service.verbs.do_to_all(do, ids, wanted, deadline, dry_run=dry_run, by=call.caller)
     return {
         "do": do,
         "dry_run": dry_run,

@@ -111,3 +111,8 @@ class IllegalTransition(ServiceError):
 def no_such_job() -> RequestError:
     """What is said of an id that no row has."""
     return RequestError("job_not_found", "There is no job with this id.")
+
+
+def job_changed() -> TransientError:
+    """What is said where somebody else was first."""
+    return TransientError("job_changed", "The job has changed at the same moment; look at it and try again.")

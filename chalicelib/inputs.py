@@ -16,6 +16,7 @@ from chalicelib.settings import MAX_DEADLINE
 from chalicelib.store import NEWEST
 
 MAX_BODY_BYTES = 512 * 1024
+MAX_DEPTH = 100  # objects and lists in each other; what reads them on the way recurses
 MAX_PROMPT_CHARS = 10_000
 MAX_MODEL_CHARS = 200
 MAX_ID_CHARS = 200
@@ -38,14 +39,23 @@ def read_body(request: Request, *, empty_is: dict[str, Any] | None = None) -> di
         body = json.loads(raw if isinstance(raw, str) else raw.decode("utf-8"), parse_constant=_no_constant)
         # Refuses numbers that overflow to infinity and halves of characters, neither of which can be stored.
         json.dumps(body, allow_nan=False, ensure_ascii=False).encode("utf-8")
+        if _is_deep(body, MAX_DEPTH):
+            raise ValueError("nested too deep")
     except (ValueError, RecursionError) as error:
         raise RequestError(
             "body_not_json",
-            "The body must be JSON in UTF-8, not nested deep, without half characters, NaN or endless numbers.",
+            f"The body must be JSON in UTF-8, {MAX_DEPTH} levels deep at most, without half characters or NaN.",
         ) from error
     if not isinstance(body, dict):
         raise RequestError("body_not_object", "The body must be a JSON object.")
     return body
+
+
+def _is_deep(value: object, left: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return left == 0 or any(_is_deep(one, left - 1) for one in inner)
 
 
 def _no_constant(name: str) -> None:
@@ -189,8 +199,15 @@ def read_idempotency_key(request: Request) -> str | None:
 
 
 def hash_of(body: dict[str, Any]) -> str:
-    """The same for the same JSON, however it is written."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """The same for the same JSON, however it is written; null is left out where a field of a job is."""
+    said = _without_nulls(body)
+    if isinstance(body.get("jobs"), list):
+        said["jobs"] = [_without_nulls(job) for job in body["jobs"]]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def read_wait(request: Request) -> int | None:

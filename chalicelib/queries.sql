@@ -155,7 +155,7 @@ WHERE id IN (
             SELECT 1
             FROM jobs INDEXED BY jobs_due
             WHERE status IN ('queued', 'running') AND step IN ('submit', 'poll') AND (
-              (step = 'submit' AND due_at <= :now AND (priority <> 'low' OR created_at <= :low_since OR deadline <= CAST(:low_deadline AS INTEGER)))
+              (step = 'submit' AND (priority <> 'low' OR created_at <= :low_since OR deadline <= CAST(:low_deadline AS INTEGER)))
               OR (step = 'poll' AND runpod_status = 'IN_QUEUE')
             )
             LIMIT CAST(:low_ahead AS INTEGER)
@@ -351,6 +351,8 @@ SET
   status = 'cancelled', step = NULL, version = version + 1, writer = :nonce, claimer = NULL,
   cancel_at = :now, finished_at = :now, updated_at = :now
 WHERE id IN (SELECT value FROM json_each(:ids)) AND +status IN ('queued', 'running') AND step = 'submit'
+  -- A repeat of this batch must not end a job that a user has retried since.
+  AND NOT EXISTS (SELECT 1 FROM job_events AS line WHERE line.job_id = jobs.id AND line.event = 'cancelled' AND line.at = :now)
 
 
 -- name: log_cancelled
@@ -384,7 +386,8 @@ ON CONFLICT DO NOTHING
 -- Before the first file goes, so that no verb can go on from a job whose files are half gone. It stays marked until all is.
 UPDATE jobs
 SET deleted_at = :now, version = version + 1, writer = :nonce, claimer = NULL, updated_at = :now
-WHERE id IN (SELECT value FROM json_each(:ids)) AND +status IN ('done', 'error', 'cancelled') AND deleted_at IS NULL
+WHERE id IN (SELECT value FROM json_each(:ids)) AND deleted_at IS NULL
+  AND +status IN (SELECT value FROM json_each(:statuses))
 
 
 -- name: log_marked

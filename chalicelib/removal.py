@@ -7,7 +7,7 @@ from functools import partial
 from random import Random
 
 from chalicelib import log
-from chalicelib.errors import RequestError, ServiceError, TransientError, no_such_job
+from chalicelib.errors import RequestError, ServiceError, TransientError, job_changed, no_such_job
 from chalicelib.jobs import FINAL, Job, result_folder
 from chalicelib.r2 import R2
 from chalicelib.runtime import Clock, Crew, Deadline
@@ -28,14 +28,22 @@ class Removal:
     rng: Random
     new_crew: Callable[[int], Crew] = Crew
 
-    def remove(self, ids: list[str], deadline: Deadline, *, by: str) -> dict[str, ServiceError | None]:
+    def remove(
+        self, ids: list[str], deadline: Deadline, *, statuses: tuple[str, ...], by: str
+    ) -> dict[str, ServiceError | None]:
         """
-        Delete these jobs: of each why it was not done, None where it is gone. Raises what D1 raises.
+        Delete these jobs, if they have one of the statuses: of each why it was not done, None where it is gone. Raises
+        what D1 raises.
 
         A row is marked first and goes last. In between no other verb can touch it, and a repeat goes on with it.
         """
         rows, gone = self.store.mark_deleted(
-            ids, by=by, nonce=new_nonce(self.rng), now=self.clock.now(), timeout=deadline.cap(DELETE_TIMEOUT)
+            ids,
+            statuses=statuses,
+            by=by,
+            nonce=new_nonce(self.rng),
+            now=self.clock.now(),
+            timeout=deadline.cap(DELETE_TIMEOUT),
         )
         found = {job.id: job for job in rows}
         came = {job_id: self._why_not(found.get(job_id), job_id in gone) for job_id in ids}
@@ -48,6 +56,8 @@ class Removal:
     def _why_not(self, job: Job | None, gone: bool) -> ServiceError | None:
         if job is None:
             return None if gone else no_such_job()
+        if job.state in FINAL and job.deleted_at is None:
+            return job_changed()
         return why_not_deleted(job)
 
     def _remove_files(self, jobs: list[Job], deadline: Deadline) -> dict[str, ServiceError | None]:

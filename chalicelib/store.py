@@ -213,13 +213,19 @@ class Store:
         return [Job.from_row(row) for row in self._run(names, values, timeout=timeout)[-1]]
 
     def mark_deleted(
-        self, ids: list[str], *, by: str, nonce: str, now: datetime, timeout: float
+        self, ids: list[str], *, statuses: tuple[str, ...], by: str, nonce: str, now: datetime, timeout: float
     ) -> tuple[list[Job], set[str]]:
         """
-        Let no verb touch those jobs any more that are final. The rows as they are then, and the ids of jobs that were
-        deleted before.
+        Let no verb touch those jobs any more that have one of the statuses, which are final. The rows as they are then,
+        and the ids of jobs that were deleted before.
         """
-        values = {"ids": json.dumps(ids), "by": by, "nonce": nonce, "now": to_text(now)}
+        values = {
+            "ids": json.dumps(ids),
+            "statuses": json.dumps(statuses),
+            "by": by,
+            "nonce": nonce,
+            "now": to_text(now),
+        }
         *_, rows, gone = self._run(
             ["mark_deleted", "log_marked", "select_jobs", "select_deleted"], values, timeout=timeout
         )

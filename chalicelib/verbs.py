@@ -6,7 +6,7 @@ from functools import partial
 from random import Random
 
 from chalicelib import moves
-from chalicelib.errors import RequestError, ServiceError, TransientError, no_such_job
+from chalicelib.errors import RequestError, ServiceError, TransientError, job_changed, no_such_job
 from chalicelib.jobs import FINAL, Change, Job, State, Status
 from chalicelib.pipeline import THREADS, VERB_TIMEOUT, Pipeline
 from chalicelib.reads import Cursor, Filter, Reads
@@ -72,11 +72,15 @@ class Verbs:
         Raises RequestError where there is no such job, it is live, or it has its picture.
         """
         job = self._get(job_id, deadline)
-        if job.state not in FINAL and job.attempt_base:  # retried already
+        if job.state not in FINAL and self._was_retried(job_id, deadline):
             return job
         if refusal := _why_not_retried(job):
             raise refusal
         return self._reopen(self._retried(job, by=by), deadline)
+
+    def _was_retried(self, job_id: str, deadline: Deadline) -> bool:
+        _, timeline = self.reads.job_with_timeline_now(job_id, timeout=deadline.cap(VERB_TIMEOUT))
+        return any(line["event"] == "retried" for line in timeline)
 
     def _retried(self, job: Job, *, by: str) -> Change:
         now = self.clock.now()
@@ -103,7 +107,7 @@ class Verbs:
 
         Raises RequestError where there is no such job, or it is live.
         """
-        came = self.removal.remove([job_id], deadline, by=by)
+        came = self.removal.remove([job_id], deadline, statuses=MEANT_FOR["delete"], by=by)
         for refusal in came.values():
             if refusal is not None:
                 raise refusal
@@ -116,12 +120,12 @@ class Verbs:
         meant = replace(wanted, statuses=statuses, dead_only=do == "redrive")
         return self.reads.find(meant, limit=limit, after=after, timeout=deadline.cap(VERB_TIMEOUT))
 
-    def do_to_all(self, do: str, ids: list[str], deadline: Deadline, *, dry_run: bool, by: str) -> Came:
+    def do_to_all(self, do: str, ids: list[str], wanted: Filter, deadline: Deadline, *, dry_run: bool, by: str) -> Came:
         """Do it to each of the jobs that it can be done to; with `dry_run` only say to which."""
         if not ids:
             return Came()
         if do == "delete" and not dry_run:
-            return _came(self.removal.remove(ids, deadline, by=by))
+            return _came(self.removal.remove(ids, deadline, statuses=wanted.statuses, by=by))
         if do == "cancel" and not dry_run:
             return self._sort_out(do, ids, self._ask_to_cancel(ids, deadline, by=by), deadline)
         found = {job.id: job for job in self.reads.several(ids, timeout=deadline.cap(VERB_TIMEOUT))}
@@ -132,7 +136,7 @@ class Verbs:
         """Which jobs it can be done to."""
         why_not = {
             "cancel": _why_not_cancelled,
-            "retry": _why_not_retried,
+            "retry": _why_not_retried_with_many,
             "redrive": _why_not_redriven,
             "delete": why_not_deleted,
         }[do]
@@ -196,9 +200,13 @@ class Verbs:
             return {}
         try:
             won = self._save_by_user(group, deadline)
-        except ServiceError as error:  # told job by job, so that nobody repeats it for others
+        except ServiceError as error:
+            if error.code == "d1_request_too_large" and len(group) > 1:
+                half = len(group) // 2
+                return self._save_group(group[:half], deadline) | self._save_group(group[half:], deadline)
+            # Told job by job, so that nobody repeats it for others.
             return dict.fromkeys((change.job.id for change in group), error)
-        return {change.job.id: None if change.job.id in won else _changed() for change in group}
+        return {change.job.id: None if change.job.id in won else job_changed() for change in group}
 
     def _get(self, job_id: str, deadline: Deadline) -> Job:
         job = self.store.get(job_id, timeout=deadline.cap(VERB_TIMEOUT))
@@ -212,7 +220,7 @@ class Verbs:
         # Somebody else did it first, or we did and the answer was lost: the row says what it is now.
         job = self._get(change.job.id, deadline)
         if job.state in FINAL:
-            raise _changed()
+            raise job_changed()
         return job
 
     def _save_by_user(self, changes: list[Change], deadline: Deadline) -> dict[str, int]:
@@ -233,10 +241,6 @@ def _lost() -> RequestError:
     return RequestError(
         "result_lost", "Nothing is left of this result: RunPod has forgotten it. A retry draws it again."
     )
-
-
-def _changed() -> TransientError:
-    return TransientError("job_changed", "The job has changed at the same moment; look at it and try again.")
 
 
 def _unanswered() -> TransientError:
@@ -261,6 +265,12 @@ def _why_not_retried(job: Job) -> RequestError | None:
     if job.state in FINAL:
         return None
     return RequestError("job_not_retryable", f"This job is {job.status} already; wait for its end, or cancel it first.")
+
+
+def _why_not_retried_with_many(job: Job) -> RequestError | None:
+    if job.dead_at:  # its picture is paid for already
+        return RequestError("job_not_retryable", "This is a dead letter: redrive it, or retry it alone.")
+    return _why_not_retried(job)
 
 
 def _why_not_redriven(job: Job) -> RequestError | None:

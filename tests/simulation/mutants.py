@@ -54,7 +54,7 @@ MUTANTS = [
     Mutant(
         "a live row is marked as deleted",
         "queries.sql",
-        "AND +status IN ('done', 'error', 'cancelled') AND deleted_at IS NULL",
+        "AND deleted_at IS NULL\n  AND +status IN (SELECT value FROM json_each(:statuses))",
         "AND deleted_at IS NULL",
     ),
     Mutant(

@@ -44,6 +44,13 @@ def test_the_same_request_again_has_the_first_answer_and_makes_nothing(client, c
     assert (count(cloud), len(cloud.runpod.inputs())) == (1, 1)
 
 
+def test_null_is_the_same_as_nothing(client, cloud):
+    create(client, {"jobs": [{"prompt": "a", "model": None}], "prompt": None}, "key-1")
+
+    assert create(client, {"jobs": [{"prompt": "a", "deadline": None}]}, "key-1")[2]["Idempotent-Replayed"] == "true"
+    assert count(cloud) == 1
+
+
 def test_another_request_with_the_same_key_is_a_conflict(client, cloud):
     create(client, {"prompt": "a cat"}, "key-1")
 
@@ -405,6 +412,16 @@ def test_a_normal_job_that_waits_here_goes_before_low_ones(client, bench, faults
 
     assert bench.job(body["id"]).state is State.POLL
     assert [bench.job(job_id).state for job_id in waiting].count(State.SUBMIT) == 1
+
+
+def test_a_normal_job_that_is_held_back_keeps_low_ones_back(client, bench, faults):
+    faults.add(RUN, BUSY, times=store.LOW_AHEAD)
+    create(client, {"jobs": [{"prompt": "normal"}] * store.LOW_AHEAD})
+    job_id = low(client)
+
+    bench.round()
+
+    assert bench.job(job_id).state is State.SUBMIT
 
 
 def test_a_low_job_of_a_list_waits_alone(client, bench):

@@ -1,5 +1,7 @@
 """Verbs for many jobs, deleting, waiting for an end, and the attempts of a job, as callers see them."""
 
+import json
+
 import pytest
 import requests
 
@@ -7,6 +9,7 @@ from chalicelib import bootstrap
 from chalicelib.errors import REQUEST_STATUS, IndeterminateError, TransientError
 from chalicelib.jobs import State
 from chalicelib.r2 import R2
+from chalicelib.reads import Reads
 from chalicelib.store import Store
 from tests.conftest import BUCKET, Bench, call
 
@@ -245,6 +248,46 @@ def test_many_are_redriven(client, bench, no_r2):
     assert bench.job(other).state is State.ERROR
 
 
+def test_a_dead_letter_is_not_bought_again_with_many(client, bench, no_r2):
+    (job_id,) = dead(bench, 1)
+
+    body = bulk(client, "retry", {"status": "error"})
+
+    assert (body["done"], [(one["id"], one["code"]) for one in body["refused"]]) == (
+        [],
+        [(job_id, "job_not_retryable")],
+    )
+    assert bench.job(job_id).dead_at
+    assert call(client, "POST", f"/api/jobs/{job_id}/retry")[0] == 200
+
+
+def test_what_has_changed_since_it_was_found_is_not_deleted(client, bench, table, monkeypatch):
+    job_id = failed(bench)
+    find = Reads.find
+
+    def find_and_lose(self, *args, **options):
+        found = find(self, *args, **options)
+        table("UPDATE jobs SET status = 'done' WHERE id = ?", job_id)
+        return found
+
+    monkeypatch.setattr(Reads, "find", find_and_lose)
+
+    body = bulk(client, "delete", {"status": "error"})
+
+    assert (body["done"], [one["code"] for one in body["refused"]]) == ([], ["job_changed"])
+    assert (bench.job(job_id).state, bench.job(job_id).deleted_at) == (State.DONE, None)
+
+
+def test_many_that_are_too_large_together_are_saved_in_parts(client, bench, no_r2, table):
+    ids = dead(bench, 6)
+    no_r2()
+    table("UPDATE jobs SET warnings = ?", json.dumps([{"code": "x", "reason": '"แ' * 15_000}], ensure_ascii=False))
+
+    body = bulk(client, "redrive")
+
+    assert set(body["done"]) == set(ids)
+
+
 def test_what_is_lost_is_said_of_each(client, bench, no_r2):
     lost, *_ = dead(bench, 1)
     bench.round(after=3600)
@@ -385,6 +428,14 @@ def test_a_retry_that_is_said_twice_is_one(client, bench):
 
     assert (first[0], second[0]) == (200, 200)
     assert second[1]["job"]["status"] == "queued"
+    assert bench.timeline(job_id).count("retried") == 1
+
+
+def test_so_is_that_of_a_job_that_was_never_sent(client, bench):
+    job_id = waiting(bench)
+    call(client, "POST", f"/api/jobs/{job_id}/cancel")
+
+    assert [call(client, "POST", f"/api/jobs/{job_id}/retry")[0] for _ in range(2)] == [200, 200]
     assert bench.timeline(job_id).count("retried") == 1
 
 

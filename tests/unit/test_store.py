@@ -145,7 +145,7 @@ def test_a_final_row_is_marked_and_only_a_marked_one_deleted(store, clock, inser
 
     store.delete(ids, by="me", now=clock.now(), timeout=5.0)
     assert len(table("SELECT 1 FROM jobs")) == 2
-    rows, gone = store.mark_deleted(ids, by="me", nonce="n1", now=clock.now(), timeout=5.0)
+    rows, gone = store.mark_deleted(ids, statuses=("done",), by="me", nonce="n1", now=clock.now(), timeout=5.0)
     assert ({job.id: bool(job.deleted_at) for job in rows}, gone) == ({"live": False, "over": True}, set())
     assert events(table, "over") == ["deleting"]
 
@@ -154,7 +154,17 @@ def test_a_final_row_is_marked_and_only_a_marked_one_deleted(store, clock, inser
     assert [row["id"] for row in table("SELECT id FROM jobs")] == ["live"]
     assert table("SELECT 1 FROM job_metadata") == []
     assert events(table, "over") == ["deleted"]
-    assert store.mark_deleted(ids, by="me", nonce="n2", now=clock.now(), timeout=5.0)[1] == {"over"}
+    assert store.mark_deleted(ids, statuses=("done",), by="me", nonce="n2", now=clock.now(), timeout=5.0)[1] == {"over"}
+
+
+def test_a_cancel_that_is_repeated_does_not_end_a_job_that_was_retried_since(store, clock, insert, table):
+    insert()
+    store.cancel(["job-1"], by="me", nonce="n1", now=clock.now(), timeout=5.0)
+    table("UPDATE jobs SET status = 'queued', step = 'submit', cancel_at = NULL, version = version + 1")
+
+    (job,) = store.cancel(["job-1"], by="me", nonce="n1", now=clock.now(), timeout=5.0)
+
+    assert job.state is State.SUBMIT
 
 
 # Claiming submits
