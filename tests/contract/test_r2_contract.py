@@ -286,6 +286,69 @@ def test_r2_refuses_a_link_whose_time_is_over(bucket, monkeypatch):
     assert requests.get(still_good, timeout=5).status_code == 200
 
 
+@pytest.fixture
+def upload_url(s3_engine):
+    """Make an address at which anybody may put a PNG of three bytes, once or often."""
+
+    def make(key="uploads/a b.png", seconds=60):
+        wanted = {"Bucket": s3_engine.bucket, "Key": key, "ContentType": "image/png", "ContentLength": 3}
+        return s3_engine.client.generate_presigned_url("put_object", Params=wanted, ExpiresIn=seconds)
+
+    return make
+
+
+def test_a_presigned_put_is_bound_to_the_type_and_the_length_that_were_signed(upload_url):
+    assert "X-Amz-SignedHeaders=content-length%3Bcontent-type%3Bhost&" in upload_url()
+
+
+def test_r2_takes_what_a_presigned_put_was_signed_for(upload_url, s3_engine):
+    answer = requests.put(upload_url(), data=b"png", headers={"Content-Type": "image/png"}, timeout=5)
+
+    assert (answer.status_code, answer.headers["ETag"]) == (200, f'"{md5(b"png")}"')
+    found = s3_engine.client.get_object(Bucket=s3_engine.bucket, Key="uploads/a b.png")
+    assert (found["Body"].read(), found["ContentType"]) == (b"png", "image/png")
+
+
+@pytest.mark.parametrize(
+    ("data", "headers"),
+    [
+        (b"png", {"Content-Type": "image/gif"}),
+        (b"png", {"Content-Type": "image/png; charset=utf-8"}),
+        (b"png", {}),
+        (b"png.", {"Content-Type": "image/png"}),
+        (b"pn", {"Content-Type": "image/png"}),
+        (b"", {"Content-Type": "image/png"}),
+    ],
+    ids=["another type", "a longer type", "no type", "longer", "shorter", "empty"],
+)
+def test_r2_refuses_a_put_of_another_type_or_length_than_was_signed(upload_url, stored, data, headers):
+    answer = requests.put(upload_url(), data=data, headers=headers, timeout=5)
+
+    assert (answer.status_code, "SignatureDoesNotMatch" in answer.text) == (403, True)
+    assert stored("uploads/a b.png") is None
+
+
+@pytest.mark.parametrize(
+    ("genuine", "forged"),
+    [("a%20b", "another"), ("content-length%3B", ""), ("X-Amz-Expires=60", "X-Amz-Expires=600"), ("%3Bhost", "")],
+)
+def test_r2_refuses_a_presigned_put_that_was_tampered_with(upload_url, s3_engine, genuine, forged):
+    url, png = upload_url(), {"Content-Type": "image/png"}
+
+    assert genuine in url
+    assert requests.put(url.replace(genuine, forged), data=b"png", headers=png, timeout=5).status_code in (400, 403)
+    assert "Contents" not in s3_engine.client.list_objects_v2(Bucket=s3_engine.bucket)
+
+
+def test_r2_refuses_a_presigned_put_whose_time_is_over(upload_url, stored, monkeypatch):
+    monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda *_: datetime.now(UTC) - timedelta(seconds=61))
+
+    answer = requests.put(upload_url(), data=b"png", headers={"Content-Type": "image/png"}, timeout=5)
+
+    assert answer.status_code in (400, 403)
+    assert stored("uploads/a b.png") is None
+
+
 STRANGERS = {
     "r2_signature": {"secret_access_key": "wrong"},
     "r2_unauthorized": {"access_key_id": "wrong"},

@@ -124,7 +124,9 @@ class R2:
         query = parse_qs(found["given"])
         key_id, _, scope = query["X-Amz-Credential"][0].partition("/")
         auth = S3SigV4QueryAuth(self._credentials(), "s3", "auto")
-        signature = self._signature(auth, request, found["given"], {"host": self._host}, query["X-Amz-Date"][0])
+        names = query.get("X-Amz-SignedHeaders", [""])[0].split(";")
+        headers = {name: request.headers.get(name, "") for name in names} | {"host": self._host}
+        signature = self._signature(auth, request, found["given"], headers, query["X-Amz-Date"][0])
         return (
             hmac.compare_digest(signature, found["signature"])
             and key_id == self._account.access_key_id
