@@ -16,6 +16,8 @@ from chalicelib.runpod import Runpod, Verdict
 from chalicelib.runtime import Clock
 from chalicelib.wire import Wire
 from tests.conftest import put
+from tools.cloud import Request
+from tools.cloud.cors import Cors
 from tools.cloud.render import draw
 
 PNG = draw("a cat")
@@ -76,6 +78,68 @@ def test_r2_refuses_the_checksum_trailers_that_boto3_sends_by_default(settings, 
         client.put_object(Bucket=settings["R2_BUCKET"], Key="k", Body=PNG, ChecksumAlgorithm="SHA256")
 
 
+PREFLIGHT = {
+    "Origin": "https://page.example",
+    "Access-Control-Request-Method": "PUT",
+    "Access-Control-Request-Headers": "content-type",
+}
+
+
+def preflight(settings, **other):
+    return requests.options(f"{settings['R2_ENDPOINT_URL']}/a/b", headers={**PREFLIGHT, **other}, timeout=10)
+
+
+def test_r2_answers_a_page_by_the_rules_in_the_file(settings):
+    answer = preflight(settings)
+
+    told = {name: value for name, value in answer.headers.items() if name.startswith("Access-Control-")}
+    assert answer.status_code == 204
+    assert told == {
+        "Access-Control-Allow-Origin": "*",
+        "Access-Control-Allow-Methods": "PUT, GET, HEAD",
+        "Access-Control-Allow-Headers": "content-type",
+        "Access-Control-Max-Age": "3600",
+    }
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"Origin": None},
+        {"Access-Control-Request-Method": "DELETE"},
+        {"Access-Control-Request-Method": None},
+        {"Access-Control-Request-Headers": "content-type, x-amz-acl"},
+    ],
+)
+def test_r2_forbids_a_page_what_no_rule_allows(settings, other):
+    answer = preflight(settings, **other)
+
+    assert (answer.status_code, "<Code>AccessForbidden</Code>" in answer.text) == (403, True)
+    assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+def test_a_rule_may_be_for_one_origin(tmp_path):
+    rule = {"AllowedOrigins": ["https://page.example"], "AllowedMethods": ["GET"]}
+    (tmp_path / "rules.json").write_text(json.dumps([rule]))
+    cors = Cors(tmp_path / "rules.json")
+
+    def told(origin):
+        return cors.headers(Request("GET", "/r2/b/k", headers={"origin": origin}))
+
+    assert told("https://page.example")["Access-Control-Allow-Origin"] == "https://page.example"
+    assert told("https://other.example") == {}
+
+
+def test_a_page_may_read_at_the_public_address_also_in_pieces(settings):
+    put(bucket(settings), "k", PNG)
+    asked = {"Origin": "https://page.example", "Range": "bytes=0-7"}
+
+    answer = requests.get(f"{settings['R2_PUBLIC_BASE_URL']}/k", headers=asked, timeout=10)
+
+    assert (answer.status_code, answer.content) == (206, PNG[:8])
+    assert answer.raw.headers.getlist("Access-Control-Allow-Origin") == ["*"]
+
+
 @pytest.fixture
 def runpod(settings):
     return Runpod(
@@ -123,7 +187,7 @@ def test_runpod_refuses_a_body_without_an_input_object(settings, body):
 
 
 def test_runpod_forgets_after_half_an_hour_and_remembers_over_a_restart(cloud, tmp_path, clock):
-    from tools.cloud import LocalCloud, Request
+    from tools.cloud import LocalCloud
 
     auth = {"authorization": "Bearer local-runpod-key"}
     sent = cloud.handle(Request("POST", "/v2/local-endpoint/run", "", auth, b'{"input": {"prompt": "x"}}'))

@@ -1,6 +1,7 @@
 """What the service relies on in R2: the same tests run on the local cloud and on SeaweedFS, another S3 server."""
 
 import hashlib
+import json
 from datetime import UTC, datetime, timedelta
 
 import botocore.auth
@@ -14,6 +15,7 @@ from chalicelib.r2 import CACHE_CONTROL, PART_BYTES, Source
 from chalicelib.runtime import Clock, Deadline
 from tests.conftest import new_content, put
 from tests.engines.engine import S3Engine
+from tests.engines.processes import ROOT
 
 PICTURE = b"\x89PNG\r\n\x1a\n\x00picture\xff"
 LARGE = b"0123456789abcdef" * (SMALL_BYTES // 16) + b"and a little more"
@@ -347,6 +349,103 @@ def test_r2_refuses_a_presigned_put_whose_time_is_over(upload_url, stored, monke
 
     assert answer.status_code in (400, 403)
     assert stored("uploads/a b.png") is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "piece", "where"),
+    [
+        ("bytes=0-8191", b"0123456789", "bytes 0-9/10"),
+        ("bytes=0-3", b"0123", "bytes 0-3/10"),
+        ("bytes=4-4", b"4", "bytes 4-4/10"),
+        ("bytes=7-", b"789", "bytes 7-9/10"),
+        ("bytes=-2", b"89", "bytes 8-9/10"),
+        ("bytes=-99", b"0123456789", "bytes 0-9/10"),
+    ],
+)
+def test_r2_gives_the_range_that_was_asked_for(bucket, asked, piece, where):
+    put(bucket, "k", b"0123456789")
+
+    answer = requests.get(bucket.presign("k", seconds=60), headers={"Range": asked}, timeout=5)
+
+    assert (answer.status_code, answer.content) == (206, piece)
+    assert (answer.headers["Content-Range"], answer.headers["Content-Length"]) == (where, str(len(piece)))
+    assert (answer.headers["Content-Type"], answer.headers["ETag"]) == ("image/png", f'"{md5(b"0123456789")}"')
+
+
+@pytest.mark.parametrize("asked", ["bytes=10-", "bytes=99-100", "bytes=5-4", "bytes=-0"])
+def test_r2_has_no_range_beyond_the_end(bucket, asked):
+    put(bucket, "k", b"0123456789")
+
+    answer = requests.get(bucket.presign("k", seconds=60), headers={"Range": asked}, timeout=5)
+
+    assert (answer.status_code, "<Code>InvalidRange</Code>" in answer.text) == (416, True)
+    assert answer.headers["Content-Range"] == "bytes */10"
+
+
+def test_r2_has_no_range_of_an_empty_object(bucket):
+    put(bucket, "k", b"")
+
+    assert (
+        requests.get(bucket.presign("k", seconds=60), headers={"Range": "bytes=0-8191"}, timeout=5).status_code == 416
+    )
+
+
+@pytest.mark.parametrize("asked", ["bytes=0-1,4-5", "pages=0-1", "0-1"])
+def test_a_range_that_r2_does_not_heed_gets_the_whole_object(bucket, asked):
+    put(bucket, "k", b"0123456789")
+
+    answer = requests.get(bucket.presign("k", seconds=60), headers={"Range": asked}, timeout=5)
+
+    assert (answer.status_code, answer.content) == (200, b"0123456789")
+
+
+@pytest.fixture
+def page(request, s3_engine):
+    """What the browser sends for a page of another origin; the bucket has the rules of r2-cors.json."""
+    real = request.node.callspec.params["s3_engine"] != "local"
+    if real:
+        rules = json.loads((ROOT / "r2-cors.json").read_text(encoding="utf-8"))
+        s3_engine.client.put_bucket_cors(Bucket=s3_engine.bucket, CORSConfiguration={"CORSRules": rules})
+    yield {"Origin": "https://page.example"}
+    if real:
+        s3_engine.client.delete_bucket_cors(Bucket=s3_engine.bucket)
+
+
+def asking(method, headers="content-type"):
+    return {"Access-Control-Request-Method": method, "Access-Control-Request-Headers": headers}
+
+
+def test_a_page_may_put_a_picture_of_a_type(upload_url, page):
+    asked = requests.options(upload_url(), headers={**page, **asking("PUT")}, timeout=5)
+
+    assert asked.status_code in (200, 204)
+    assert asked.headers["Access-Control-Allow-Origin"] in ("*", page["Origin"])
+    assert "PUT" in asked.headers["Access-Control-Allow-Methods"].split(", ")
+    assert asked.headers["Access-Control-Allow-Headers"] == "content-type"
+    assert asked.headers["Access-Control-Max-Age"] == "3600"
+
+
+@pytest.mark.parametrize("wanted", [asking("DELETE"), asking("PUT", "content-type,x-amz-acl")], ids=["verb", "header"])
+def test_a_page_may_do_no_more_than_the_rules_say(upload_url, page, wanted):
+    asked = requests.options(upload_url(), headers={**page, **wanted}, timeout=5)
+
+    assert "Access-Control-Allow-Methods" not in asked.headers
+
+
+def test_a_page_is_told_the_etag_of_what_it_has_put(upload_url, page):
+    answer = requests.put(upload_url(), data=b"png", headers={"Content-Type": "image/png", **page}, timeout=5)
+
+    assert answer.headers["Access-Control-Allow-Origin"] in ("*", page["Origin"])
+    assert (answer.headers["Access-Control-Expose-Headers"], answer.headers["ETag"]) == ("ETag", f'"{md5(b"png")}"')
+
+
+def test_a_page_may_read_what_a_link_leads_to(bucket, page):
+    put(bucket, "k", PICTURE)
+
+    answer = requests.get(bucket.presign("k", seconds=60), headers=page, timeout=5)
+
+    assert answer.headers["Access-Control-Allow-Origin"] in ("*", page["Origin"])
+    assert "Access-Control-Allow-Origin" not in requests.get(bucket.presign("k", seconds=60), timeout=5).headers
 
 
 STRANGERS = {

@@ -11,6 +11,7 @@ import time
 import uuid
 from calendar import timegm
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote
 from xml.etree import ElementTree
@@ -21,6 +22,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
 from tools.cloud import Account, Answer, Request
+from tools.cloud.cors import Cors
 
 AUTHORIZATION = re.compile(
     r"AWS4-HMAC-SHA256 Credential=([^/]+)/\d{8}/auto/s3/aws4_request, ?SignedHeaders=([^,]+), ?Signature=([0-9a-f]{64})"
@@ -28,6 +30,7 @@ AUTHORIZATION = re.compile(
 SIGNED_QUERY = re.compile(
     r"(?P<given>.*X-Amz-Algorithm=AWS4-HMAC-SHA256.*)&X-Amz-Signature=(?P<signature>[0-9a-f]{64})"
 )
+RANGE = re.compile(r"bytes=(?=-?\d)(\d*)-(\d*)")  # any other is not heeded: the whole object is the answer
 MOST_LISTED = 1_000  # keys in one answer
 SMALLEST_PART = 5 * 1024 * 1024
 REFUSED_HEADERS = ("x-amz-trailer", "x-amz-tagging", "x-amz-acl", "x-amz-sdk-checksum-algorithm")
@@ -43,10 +46,18 @@ class R2:
         self._account = account
         self._host = host
         self._clock = clock
+        self.cors = Cors()
         self._uploads.mkdir(parents=True, exist_ok=True)
 
     def handle(self, request: Request) -> Answer:
-        """Answer one S3 call."""
+        """Answer one S3 call, or a browser that asks whether it may make one."""
+        if request.method == "OPTIONS":
+            forbidden = _error(403, "AccessForbidden", "CORSResponse: This CORS request is not allowed.")
+            return self.cors.preflight(request) or forbidden
+        answer = self._answer(request)
+        return replace(answer, headers=answer.headers | self.cors.headers(request))
+
+    def _answer(self, request: Request) -> Answer:
         if refusal := self._refusal(request):
             return refusal
         bucket, _, key = unquote(request.path.removeprefix("/r2/")).partition("/")
@@ -66,7 +77,8 @@ class R2:
                 return self._delete(key)
             case "GET" | "HEAD" if key:
                 found = self.read(key, head=request.method == "HEAD")
-                return found or _error(404, "NoSuchKey", "The specified key does not exist.")
+                missing = _error(404, "NoSuchKey", "The specified key does not exist.")
+                return _ranged(found, request) if found else missing
             case "GET" if query.get("list-type") == "2":
                 return self._list(query)
         return _error(501, "NotImplemented", f"{request.method} of this is not implemented here.")
@@ -232,9 +244,34 @@ class PublicBucket:
         """Answer one request of a browser."""
         key, head = unquote(request.path.removeprefix("/cdn/")), request.method == "HEAD"
         found = self._r2.read(key, head=head) if head or request.method == "GET" else None
-        return found or Answer(
+        missing = Answer(
             404, b"<!DOCTYPE html><title>Not Found</title><h1>Object not found</h1>", {"Content-Type": "text/html"}
         )
+        answer = _ranged(found, request) if found else missing
+        return replace(answer, headers=answer.headers | self._r2.cors.headers(request))
+
+
+def _ranged(whole: Answer, request: Request) -> Answer:
+    """The bytes of the object that were asked for."""
+    asked = RANGE.fullmatch(request.headers.get("range", ""))
+    if not asked or request.method != "GET":
+        return whole
+    size = len(whole.body)
+    first, last = _bounds(asked, size)
+    if first > last:
+        refusal = _error(416, "InvalidRange", "The requested range is not satisfiable")
+        return replace(refusal, headers={**refusal.headers, "Content-Range": f"bytes */{size}"})
+    piece = whole.body[first : last + 1]
+    headers = {"Content-Length": str(len(piece)), "Content-Range": f"bytes {first}-{last}/{size}"}
+    return Answer(206, piece, whole.headers | headers)
+
+
+def _bounds(asked: re.Match[str], size: int) -> tuple[int, int]:
+    """Where the range begins and ends, its last byte included; without a beginning it is the object's end."""
+    first, last = asked.groups()
+    if not first:
+        return max(size - int(last), 0), size - 1
+    return int(first), min(int(last or size), size - 1)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -31,16 +31,12 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         answer = self.server.cloud.handle(Request(self.command, parts.path, parts.query, headers, body))
         self.send_response(answer.status)
-        for name, value in {
-            "Content-Length": str(len(answer.body)),
-            "Access-Control-Allow-Origin": "*",
-            **answer.headers,
-        }.items():
+        for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(answer.body)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _answer
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = _answer
 
 
 class CloudServer(ThreadingHTTPServer):
