@@ -8,15 +8,15 @@ import threading
 import pytest
 import requests
 
-from tools.cloud import LocalCloud, Request
+from tools.cloud import Account, LocalCloud, Request
 
 AUTH = {"authorization": "Bearer local-runpod-key"}
 HOOK = "https://hooks.test/runpod?job=1"
 AT_ONCE = {"simulate": {"queue_seconds": 0, "run_seconds": 0}}
 
 
-def call(cloud, method, operation, body=None):
-    answer = cloud.handle(Request(method, f"/v2/local-endpoint/{operation}", "", AUTH, json.dumps(body).encode()))
+def call(cloud, method, operation, body=None, *, endpoint="local-endpoint"):
+    answer = cloud.handle(Request(method, f"/v2/{endpoint}/{operation}", "", AUTH, json.dumps(body).encode()))
     return answer.status, json.loads(answer.body)
 
 
@@ -312,6 +312,59 @@ def test_health_of_an_endpoint_with_nothing_to_do_has_a_worker_that_waits(cloud)
 
 def test_health_wants_the_key(cloud):
     assert cloud.handle(Request("GET", "/v2/local-endpoint/health")).status == 401
+
+
+@pytest.fixture
+def larger(tmp_path, clock):
+    """A local cloud whose account has an endpoint more."""
+    account = Account(endpoints=("edit-endpoint",))
+    cloud = LocalCloud(
+        tmp_path / "larger", base_url="http://cloud.test:8001", account=account, clock=lambda: clock.at.timestamp()
+    )
+    yield cloud
+    cloud.close()
+
+
+def test_an_account_may_have_several_endpoints(larger, cloud):
+    sent = {"input": {"prompt": "a cat"}}
+
+    assert call(larger, "POST", "run", sent, endpoint="edit-endpoint")[0] == 200
+    assert call(larger, "POST", "run", sent)[0] == 200
+    assert call(larger, "POST", "run", sent, endpoint="another")[0] == 404
+    assert call(cloud, "POST", "run", sent, endpoint="edit-endpoint")[0] == 404
+
+
+def test_a_run_is_found_only_on_its_own_endpoint(larger):
+    run_id = run(larger)
+
+    for method, operation in (("GET", "status"), ("POST", "cancel")):
+        code, answer = call(larger, method, f"{operation}/{run_id}", endpoint="edit-endpoint")
+        assert (code, answer["detail"]) == (404, "job not found")
+    assert status(larger, run_id) == "IN_QUEUE"
+
+
+def test_health_is_that_of_one_endpoint(larger):
+    run(larger)
+
+    assert call(larger, "GET", "health")[1]["jobs"]["inQueue"] == 1
+    assert call(larger, "GET", "health", endpoint="edit-endpoint")[1]["jobs"]["inQueue"] == 0
+
+
+def test_a_worker_tells_its_progress_while_it_works(cloud, clock):
+    run_id = run(cloud, {"simulate": {"queue_seconds": 1, "run_seconds": 10, "progress": 4}})
+    told = []
+    for _ in range(6):
+        told.append(call(cloud, "GET", f"status/{run_id}")[1].get("output", {}).get("progress"))
+        clock.advance(2.5)
+
+    assert told == [None, "0/4", "1/4", "2/4", "3/4", None]
+
+
+def test_a_run_that_says_nothing_of_progress_has_no_output_before_its_end(cloud, clock):
+    run_id = run(cloud)
+    clock.advance(2)
+
+    assert "output" not in call(cloud, "GET", f"status/{run_id}")[1]
 
 
 @pytest.mark.parametrize("wish", ["COMPLETED", "FAILED"])

@@ -56,6 +56,7 @@ class Account:
     secret_access_key: str = "local-secret-key"
     runpod_api_key: str = "local-runpod-key"
     endpoint_id: str = "local-endpoint"
+    endpoints: tuple[str, ...] = ()  # more of them, beside that one
 
 
 class LocalCloud:

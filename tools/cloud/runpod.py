@@ -2,7 +2,8 @@
 RunPod's queue API: runs wait, work and end by the clock, and are forgotten half an hour after their end.
 
 An input may carry `simulate` to have another run than the usual one: {"queue_seconds", "run_seconds", "status",
-"error", "shape": "base64" | "data_url" | "link" | "none", "output": what the worker returns, instead of a picture}.
+"error", "shape": "base64" | "data_url" | "link" | "none", "output": what the worker returns, instead of a picture,
+"progress": the number of pieces of work, of which a worker tells how many it has done}.
 Beside it `webhook` and `policy` (`executionTimeout`, `ttl`) are RunPod's own.
 """
 
@@ -44,7 +45,7 @@ SELECT = (
 
 
 class Runpod:
-    """One account with one endpoint."""
+    """One account and its endpoints."""
 
     def __init__(self, path: Path, account: Account, *, results_url: str, clock: Callable[[], float]) -> None:
         self._account = account
@@ -71,7 +72,7 @@ class Runpod:
             return json_answer(401, {"error": "Unauthorized"})
         endpoint_id, _, operation = request.path.removeprefix("/v2/").partition("/")
         verb, _, run_id = operation.partition("/")
-        if endpoint_id != self._account.endpoint_id:
+        if endpoint_id not in (self._account.endpoint_id, *self._account.endpoints):
             return _error(404, "Not Found", "endpoint not found")
         if (request.method, operation) == ("POST", "run"):
             return self._accept(endpoint_id, request.body)
@@ -209,7 +210,10 @@ class Runpod:
             return answer
         answer["delayTime"] = int((run.starts_at - run.created_at) * 1000)
         answer["executionTime"] = int((min(now, run.ends_at) - run.starts_at) * 1000)
-        return answer if now < run.ends_at else {**answer, "workerId": "local-worker", **self._end(run)}
+        if now < run.ends_at:
+            progress = run.progress(now)
+            return answer if progress is None else {**answer, "output": {"progress": progress}}
+        return {**answer, "workerId": "local-worker", **self._end(run)}
 
     def _end(self, run: Run) -> dict[str, Any]:
         """What a worker leaves: an error, or an output, or neither."""

@@ -72,6 +72,13 @@ class Run:
             return "IN_QUEUE"
         return "IN_PROGRESS" if now < self.ends_at else self.outcome[0]
 
+    def progress(self, now: float) -> str | None:
+        """How far a worker says that it is, None where it says nothing."""
+        pieces = self.wish.get("progress")
+        if pieces is None:
+            return None
+        return f"{int(pieces * min((now - self.starts_at) / self._work_seconds, 1))}/{pieces}"
+
     @property
     def _work_seconds(self) -> float:
         return float(self.wish.get("run_seconds", RUN_SECONDS))
