@@ -1,14 +1,19 @@
 """The local RunPod's webhooks, policy and counters: what the service cannot ask for is what the facts say."""
 
+import base64
 import http.server
+import io
 import json
 import sqlite3
 import threading
 
 import pytest
 import requests
+from PIL import Image
 
 from tools.cloud import Account, LocalCloud, Request
+from tools.cloud.render import draw, draw_over
+from tools.cloud.worker import MOST_BYTES, fetch
 
 AUTH = {"authorization": "Bearer local-runpod-key"}
 HOOK = "https://hooks.test/runpod?job=1"
@@ -365,6 +370,221 @@ def test_a_run_that_says_nothing_of_progress_has_no_output_before_its_end(cloud,
     clock.advance(2)
 
     assert "output" not in call(cloud, "GET", f"status/{run_id}")[1]
+
+
+def workflow(**inputs):
+    """A workflow as ComfyUI's API takes it, with the node that loads a picture where there is an address."""
+    nodes = {
+        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "qwen.safetensors", "weight_dtype": "default"}},
+        "2": {"class_type": "TextEncodeQwenImageEdit", "inputs": {"prompt": "", "clip": ["1", 0]}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"text": ["2", 0]}},
+        "4": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat on the moon"}},
+        "5": {"class_type": "CLIPTextEncode", "inputs": {"text": "blurry"}},
+    }
+    return {**nodes, "6": {"class_type": "LoadImageFromHttpURL", "inputs": inputs}} if inputs else nodes
+
+
+def drawn(cloud, run_id):
+    """The picture in the output of a run."""
+    _, answer = call(cloud, "GET", f"status/{run_id}")
+    return base64.b64decode(answer["output"]["images"][0]["data"])
+
+
+def test_a_workflow_draws_the_first_prompt_that_is_in_it(cloud, clock):
+    run_id = run(cloud, {"prompt": "another", "workflow": workflow()})
+    clock.advance(5)
+
+    assert drawn(cloud, run_id) == draw("a cat on the moon")
+
+
+@pytest.mark.parametrize("given", [[], "x", {}, {"1": None}, {"1": {}}, {"1": {"inputs": []}}])
+def test_a_workflow_without_a_prompt_draws_that_of_the_input(cloud, clock, given):
+    run_id = run(cloud, {"prompt": "a dog", "workflow": given})
+    clock.advance(5)
+
+    assert drawn(cloud, run_id) == draw("a dog")
+
+
+SECRET_URL = "https://pictures.test/uploads/a.png?X-Amz-Signature=secret"
+
+
+def picture(width, height, colour):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+class Pictures:
+    """Stands for the hosts of pictures: what they answer, and what was asked for."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.asked = []
+
+    def __call__(self, url):
+        self.asked.append(url)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def edit(cloud, clock, monkeypatch):
+    """A run whose workflow edits a picture, and that is over; and the hosts of the picture."""
+
+    def make(answer, **more):
+        pictures = Pictures(answer)
+        monkeypatch.setattr(cloud.runpod.worker, "fetch", pictures)
+        run_id = run(cloud, {"workflow": workflow(image_url=SECRET_URL), **more}, webhook=HOOK)
+        clock.advance(5)
+        return run_id, pictures
+
+    return make
+
+
+def test_an_edit_shows_the_picture_darker_in_a_frame_with_the_prompt_on_it(cloud, edit):
+    half = Image.open(io.BytesIO(picture(400, 100, "white")))
+    half.paste("red", (0, 0, 200, 100))
+    file = io.BytesIO()
+    half.save(file, "PNG")
+    run_id, pictures = edit(file.getvalue())
+
+    found = Image.open(io.BytesIO(drawn(cloud, run_id)))
+
+    assert pictures.asked == [SECRET_URL]
+    assert (found.size, found.format) == ((512, 512), "PNG")
+    assert found.getpixel((100, 40)) == (170, 0, 0)
+    assert found.getpixel((400, 40)) == (170, 170, 170)
+    assert found.getpixel((5, 256)) == found.getpixel((256, 506)) not in ((170, 0, 0), (170, 170, 170))
+    assert [most for _, most in found.getextrema()] == [255, 255, 255]
+
+
+def test_another_prompt_makes_another_edit_of_the_same_picture():
+    under = picture(30, 20, "blue")
+
+    assert len({draw_over("a cat", under), draw_over("a dog", under), draw("a cat")}) == 3
+    assert draw_over("a cat", under) == draw_over("a cat", under)
+
+
+def test_the_picture_of_an_edit_is_fetched_once(cloud, edit):
+    run_id, pictures = edit(picture(8, 8, "blue"))
+
+    assert drawn(cloud, run_id) == drawn(cloud, run_id)
+    cloud.runpod.deliver_due(Receiver())
+    assert len(pictures.asked) == 1
+
+
+def test_the_picture_of_an_edit_is_not_fetched_before_its_end(cloud, clock, edit):
+    _, pictures = edit(picture(8, 8, "blue"), simulate={"run_seconds": 60, "progress": 2})
+
+    call(cloud, "GET", "health")
+    assert pictures.asked == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (OSError("HTTP 403"), "HTTP 403"),
+        (b"<html>", "it is no picture that can be read"),
+        (b"", "it is no picture that can be read"),
+        (picture(64, 64, "red")[:60], "it is no picture that can be read"),
+    ],
+    ids=["refused", "a page", "nothing", "cut off"],
+)
+@pytest.mark.parametrize("shape", ["base64", "data_url", "link"])
+def test_an_edit_whose_picture_cannot_be_had_fails(cloud, edit, answer, why, shape):
+    run_id, pictures = edit(answer, simulate={"shape": shape})
+    receiver = Receiver()
+
+    _, shown = call(cloud, "GET", f"status/{run_id}")
+    cloud.runpod.deliver_due(receiver)
+
+    told = f"image could not be loaded: https://pictures.test/uploads/a.png: {why}"
+    assert (shown["status"], shown["error"], "output" in shown) == ("FAILED", told, False)
+    assert [(body["status"], body["error"]) for _, _, body in receiver.sent] == [("FAILED", told)]
+    assert len(pictures.asked) == 1
+
+
+def test_an_edit_that_failed_stays_so(cloud, clock, edit, tmp_path):
+    run_id, pictures = edit(OSError("HTTP 403"))
+    assert status(cloud, run_id) == "FAILED"
+    pictures.answer = picture(8, 8, "blue")
+
+    again = LocalCloud(tmp_path / "cloud", base_url="http://cloud.test:8001", clock=lambda: clock.at.timestamp())
+    assert (status(cloud, run_id), status(again, run_id)) == ("FAILED", "FAILED")
+    again.close()
+    assert call(cloud, "POST", f"cancel/{run_id}")[1]["status"] == "FAILED"
+    assert call(cloud, "GET", "health")[1]["jobs"]["failed"] == 1
+    assert cloud.handle(Request("GET", f"/results/{run_id}.png")).status == 404
+
+
+def test_a_link_to_an_edit_leads_to_its_picture(cloud, edit):
+    run_id, pictures = edit(picture(8, 8, "blue"), simulate={"shape": "link"})
+
+    _, shown = call(cloud, "GET", f"status/{run_id}")
+    found = cloud.handle(Request("GET", shown["output"]["image_url"].removeprefix("http://cloud.test:8001")))
+
+    assert found.body == draw_over("a cat on the moon", picture(8, 8, "blue"))
+    assert len(pictures.asked) == 1
+
+
+def test_others_wait_for_the_picture_that_is_under_way_and_the_cloud_goes_on(cloud, edit):
+    run_id, _ = edit(b"")
+    begun, go_on, asked, found = threading.Event(), threading.Event(), [], []
+
+    def slow(url):
+        asked.append(url)
+        begun.set()
+        assert go_on.wait(10)
+        return picture(8, 8, "blue")
+
+    cloud.runpod.worker.fetch = slow
+    threads = [threading.Thread(target=lambda: found.append(drawn(cloud, run_id))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(10)
+    assert status(cloud, run(cloud)) == "IN_QUEUE"
+    go_on.set()
+    for thread in threads:
+        thread.join()
+
+    assert (len(asked), len(found), len(set(found))) == (1, 3, 1)
+
+
+def test_the_served_cloud_edits_a_picture_of_its_own_bucket(cloud_server):
+    server, blue = cloud_server, picture(8, 8, "blue")
+    server.cloud.r2._keep("a.png", blue, {"cache-control": "no-store"}, '"etag"')
+    given = {"workflow": workflow(image_url=f"{server.base_url}/cdn/a.png?x=1"), **AT_ONCE}
+
+    run_id = post(server, input=given).json()["id"]
+
+    assert drawn(server.cloud, run_id) == draw_over("a cat on the moon", blue)
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("{base}/cdn/nothing?key=secret", "HTTP 404"),
+        ("http://127.0.0.1:1/?key=secret", "no answer"),
+        ("file:///etc/hostname?key=secret", "no answer"),
+        ("nowhere?key=secret", "no answer"),
+        ("http://[?key=secret", "no answer"),
+    ],
+)
+def test_what_is_no_address_of_a_picture_is_told_without_its_query(cloud_server, url, why):
+    with pytest.raises(OSError, match=why) as caught:
+        fetch(url.format(base=cloud_server.base_url))
+
+    assert "secret" not in str(caught.value)
+
+
+def test_a_picture_of_more_than_20_mb_is_not_loaded(cloud_server):
+    for size in (MOST_BYTES, MOST_BYTES + 1):
+        cloud_server.cloud.r2._keep(f"{size}", bytes(size), {}, '"etag"')
+
+    assert len(fetch(f"{cloud_server.base_url}/cdn/{MOST_BYTES}")) == MOST_BYTES
+    with pytest.raises(OSError, match="20 MB"):
+        fetch(f"{cloud_server.base_url}/cdn/{MOST_BYTES + 1}")
 
 
 @pytest.mark.parametrize("wish", ["COMPLETED", "FAILED"])

@@ -7,10 +7,11 @@ import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 SIZE = 512
 MARGIN = 40
+FRAME = 12
 FONT = Path(__file__).parent / "font" / "Sarabun-Regular.ttf"  # has Thai and Latin letters; licence beside it
 FONT_SIZES = (44, 34, 26, 20, 15)
 
@@ -18,10 +19,24 @@ FONT_SIZES = (44, 34, 26, 20, 15)
 @lru_cache(maxsize=64)
 def draw(prompt: str) -> bytes:
     """The picture of a prompt; always the same one, byte for byte."""
-    hue = hashlib.sha256(prompt.encode("utf-8", "replace")).digest()[0] / 256
     picture = Image.linear_gradient("L").resize((SIZE, SIZE)).convert("RGB")
-    tint = Image.new("RGB", (SIZE, SIZE), _colour(hue, 0.35))
-    picture = Image.blend(picture, tint, 0.8)
+    tint = Image.new("RGB", (SIZE, SIZE), _colour(_hue(prompt), 0.35))
+    return _written(Image.blend(picture, tint, 0.8), prompt)
+
+
+def draw_over(prompt: str, under: bytes) -> bytes:
+    """The prompt over a picture, darker and in a frame, so that one sees what it was. Raises ValueError: it is none."""
+    try:
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(under))).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise whatever they come upon
+        raise ValueError("it is no picture that can be read") from error
+    picture = ImageOps.fit(picture, (SIZE, SIZE)).point(lambda value: value * 2 // 3)
+    ImageDraw.Draw(picture).rectangle((0, 0, SIZE - 1, SIZE - 1), outline=_colour(_hue(prompt), 0.9), width=FRAME)
+    return _written(picture, prompt)
+
+
+def _written(picture: Image.Image, prompt: str) -> bytes:
+    """The picture as a PNG, with the prompt on it."""
     lines, font = _fit(prompt.strip() or "(no prompt)")
     height = font.size * 1.6
     top = (SIZE - height * len(lines)) / 2
@@ -31,6 +46,10 @@ def draw(prompt: str) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
+
+
+def _hue(prompt: str) -> float:
+    return hashlib.sha256(prompt.encode("utf-8", "replace")).digest()[0] / 256
 
 
 def _colour(hue: float, value: float) -> tuple[int, int, int]:

@@ -3,11 +3,10 @@ RunPod's queue API: runs wait, work and end by the clock, and are forgotten half
 
 An input may carry `simulate` to have another run than the usual one: {"queue_seconds", "run_seconds", "status",
 "error", "shape": "base64" | "data_url" | "link" | "none", "output": what the worker returns, instead of a picture,
-"progress": the number of pieces of work, of which a worker tells how many it has done}.
-Beside it `webhook` and `policy` (`executionTimeout`, `ttl`) are RunPod's own.
+"progress": the number of pieces of work, of which a worker tells how many it has done}. Beside it `webhook` and
+`policy` (`executionTimeout`, `ttl`) are RunPod's own. What the workers draw is in worker.py.
 """
 
-import base64
 import json
 import sqlite3
 import threading
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tools.cloud import Account, Answer, Request, json_answer
-from tools.cloud.render import draw
 from tools.cloud.runs import Run, fault, health
+from tools.cloud.worker import Fetch, NotLoaded, Worker, fetch
 
 MAX_BODY_BYTES = 10 * 1024 * 1024
 RETRY_AFTER = (5.0, 15.0)  # seconds from a failed try of a webhook to the next
@@ -37,19 +36,29 @@ COLUMNS = {
     "execution_timeout_ms": "REAL",
     "ttl_ms": "REAL",
     "tries": "INTEGER NOT NULL DEFAULT 0",
+    "error": "TEXT",  # of its worker; NULL: none that is known
     "deliver_at": "REAL",  # when the webhook is to be sent; NULL: not at all, or no more
 }
 SELECT = (
-    "SELECT id, endpoint_id, input, created_at, cancelled_at, webhook, execution_timeout_ms, ttl_ms, tries FROM runs"
+    "SELECT id, endpoint_id, input, created_at, cancelled_at, webhook, execution_timeout_ms, ttl_ms, tries, error "
+    "FROM runs"
 )
 
 
 class Runpod:
     """One account and its endpoints."""
 
-    def __init__(self, path: Path, account: Account, *, results_url: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        account: Account,
+        *,
+        results_url: str,
+        clock: Callable[[], float],
+        fetch: Fetch = fetch,
+    ) -> None:
+        self.worker = Worker(results_url=results_url, fetch=fetch)
         self._account = account
-        self._results_url = results_url
         self._clock = clock
         self._lock = threading.Lock()
         self._under_way: set[str] = set()  # runs whose webhook is being sent
@@ -177,7 +186,7 @@ class Runpod:
             )
         found = self.find(run.id)
         assert found is not None
-        return json_answer(200, {"id": run.id, "status": found.status(self._clock())})
+        return json_answer(200, {"id": run.id, "status": self._status(found)["status"]})
 
     def _next_due(self) -> Run | None:
         """A run whose webhook is due and that no other thread has; it is this thread's until it is discarded."""
@@ -216,25 +225,16 @@ class Runpod:
         return {**answer, "workerId": "local-worker", **self._end(run)}
 
     def _end(self, run: Run) -> dict[str, Any]:
-        """What a worker leaves: an error, or an output, or neither."""
+        """How it ended, and what a worker left: an error, or an output, or neither."""
         status, error = run.outcome
         if status != "COMPLETED":
-            return {"error": error}
-        output = self._output(run)
-        return {} if output is None else {"output": output}
-
-    def _output(self, run: Run) -> Any:
-        if "output" in run.wish:
-            return run.wish["output"]
-        shape = run.wish.get("shape", "base64")
-        if shape == "none":
-            return None
-        if shape == "link":
-            return {"image_url": f"{self._results_url}/{run.id}.png", "cost": 0.02}
-        data = base64.b64encode(draw(str(run.input.get("prompt", "")))).decode()
-        if shape == "data_url":
-            return {"images": [f"data:image/png;base64,{data}"], "seed": 42}
-        return {"images": [{"filename": "ComfyUI_00001_.png", "type": "base64", "data": data}]}
+            return {"status": status, "error": error}
+        try:
+            output = self.worker.output(run)
+        except NotLoaded as failure:
+            self._execute("UPDATE runs SET error = ? WHERE id = ?", str(failure), run.id)
+            return {"status": "FAILED", "error": str(failure)}
+        return {"status": status} if output is None else {"status": status, "output": output}
 
 
 class Results:
@@ -250,7 +250,10 @@ class Results:
         run = self._runpod.find(request.path.removeprefix("/results/").removesuffix(".png"))
         if run is None:
             return Answer(404, b"no such result")
-        return Answer(200, draw(str(run.input.get("prompt", ""))), {"Content-Type": "application/octet-stream"})
+        try:
+            return Answer(200, self._runpod.worker.picture(run), {"Content-Type": "application/octet-stream"})
+        except NotLoaded:
+            return Answer(404, b"no such result")
 
 
 def _error(status: int, title: str, detail: str) -> Answer:
@@ -258,7 +261,7 @@ def _error(status: int, title: str, detail: str) -> Answer:
 
 
 def _run(row: tuple[Any, ...]) -> Run:
-    run_id, endpoint_id, given, created_at, cancelled_at, webhook, execution_timeout_ms, ttl_ms, tries = row
+    run_id, endpoint_id, given, created_at, cancelled_at, webhook, execution_timeout_ms, ttl_ms, tries, error = row
     return Run(
         id=run_id,
         endpoint_id=endpoint_id,
@@ -269,4 +272,5 @@ def _run(row: tuple[Any, ...]) -> Run:
         execution_timeout_ms=execution_timeout_ms,
         ttl_ms=ttl_ms,
         tries=tries,
+        error=error,
     )

@@ -27,6 +27,7 @@ class Run:
     execution_timeout_ms: float | None = None
     ttl_ms: float | None = None
     tries: int = 0  # of the webhook
+    error: str | None = None  # of its worker, once that is known
 
     @property
     def wish(self) -> dict[str, Any]:
@@ -49,6 +50,8 @@ class Run:
         """The status it ends with by itself, and the error."""
         if self._work_seconds > self._allowed_seconds:
             return "FAILED", "executionTimeout exceeded"
+        if self.error is not None:
+            return "FAILED", self.error
         status = str(self.wish.get("status", "COMPLETED"))
         return status, "" if status == "COMPLETED" else self.wish.get("error", "simulated")
 
