@@ -587,6 +587,121 @@ def test_a_picture_of_more_than_20_mb_is_not_loaded(cloud_server):
         fetch(f"{cloud_server.base_url}/cdn/{MOST_BYTES + 1}")
 
 
+def simulate_health(cloud, **wish):
+    code, answer = call(cloud, "POST", "simulate/health", wish)
+    assert code == 200, answer
+    return answer
+
+
+NO_WORKERS = {"idle": 0, "initializing": 0, "ready": 0, "running": 0, "throttled": 0, "unhealthy": 0}
+
+
+def test_health_tells_the_workers_that_it_is_told_until_it_is_told_otherwise(cloud, clock):
+    usual = call(cloud, "GET", "health")
+    run(cloud)
+    simulate_health(cloud, workers={"throttled": 3, "unhealthy": 1})
+    clock.advance(3600)
+    run(cloud)
+
+    assert call(cloud, "GET", "health")[1] == {
+        "jobs": {**usual[1]["jobs"], "inQueue": 1},
+        "workers": {**NO_WORKERS, "throttled": 3, "unhealthy": 1},
+    }
+    assert simulate_health(cloud, workers={})["workers"] == NO_WORKERS
+    assert simulate_health(cloud, workers=None)["workers"] == usual[1]["workers"]
+    assert call(cloud, "GET", "health")[1]["workers"] == usual[1]["workers"]
+
+
+def test_the_health_that_is_told_is_that_of_one_endpoint(larger):
+    simulate_health(larger, workers={"throttled": 3}, hold=True)
+    sent = {"input": {"prompt": "a cat", **AT_ONCE}}
+    _, other = call(larger, "POST", "run", sent, endpoint="edit-endpoint")
+
+    assert call(larger, "GET", "health", endpoint="edit-endpoint")[1]["workers"]["throttled"] == 0
+    assert call(larger, "GET", f"status/{other['id']}", endpoint="edit-endpoint")[1]["status"] == "COMPLETED"
+
+
+def test_the_health_to_tell_wants_the_key(cloud):
+    assert cloud.handle(Request("POST", "/v2/local-endpoint/simulate/health", body=b'{"workers": {}}')).status == 401
+    assert call(cloud, "GET", "health")[1]["workers"]["idle"] == 1
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {},
+        [],
+        {"workers": []},
+        {"workers": {"asleep": 1}},
+        {"workers": {"idle": -1}},
+        {"workers": {"idle": True}},
+        {"workers": {"idle": "1"}},
+        {"workers": {}, "hold": 1},
+    ],
+)
+def test_a_health_that_is_none_is_refused(cloud, wish):
+    code, answer = call(cloud, "POST", "simulate/health", wish)
+
+    assert (code, answer["title"]) == (400, "Bad Request")
+    assert call(cloud, "GET", "health")[1]["workers"]["idle"] == 1
+
+
+def test_while_runs_are_held_none_begins_and_then_they_do(cloud, clock):
+    works, waits = run(cloud, {"simulate": {"queue_seconds": 0, "run_seconds": 600}}), run(cloud, webhook=HOOK)
+    receiver = Receiver()
+    simulate_health(cloud, workers={"throttled": 1}, hold=True)
+    later = run(cloud, AT_ONCE, webhook=HOOK)
+    clock.advance(300)
+    cloud.runpod.deliver_due(receiver)
+
+    assert [status(cloud, run_id) for run_id in (works, waits, later)] == ["IN_PROGRESS", "IN_QUEUE", "IN_QUEUE"]
+    assert call(cloud, "GET", "health")[1]["jobs"] == {
+        "completed": 0,
+        "failed": 0,
+        "inProgress": 1,
+        "inQueue": 2,
+        "retried": 0,
+    }
+    assert receiver.sent == []
+
+    simulate_health(cloud, workers=None)
+
+    assert [status(cloud, run_id) for run_id in (works, waits, later)] == ["IN_PROGRESS", "IN_PROGRESS", "COMPLETED"]
+    clock.advance(2.9)
+    assert status(cloud, waits) == "IN_PROGRESS"
+    clock.advance(0.2)
+    _, shown = call(cloud, "GET", f"status/{waits}")
+    assert (shown["status"], shown["delayTime"], shown["executionTime"]) == ("COMPLETED", 300_000, 3_000)
+    cloud.runpod.deliver_due(receiver)
+    assert {body["id"] for _, _, body in receiver.sent} == {waits, later}
+
+
+def test_a_held_run_can_be_cancelled_and_expires(cloud, clock):
+    simulate_health(cloud, workers={}, hold=True)
+    cancelled, expires = run(cloud, webhook=HOOK), run(cloud, policy={"ttl": 10_000})
+    receiver = Receiver()
+    assert call(cloud, "POST", f"cancel/{cancelled}")[1]["status"] == "CANCELLED"
+    clock.advance(11)
+    assert status(cloud, expires) == 404
+
+    simulate_health(cloud, workers=None)
+    clock.advance(60)
+    cloud.runpod.deliver_due(receiver)
+
+    assert (status(cloud, cancelled), status(cloud, expires), receiver.sent) == ("CANCELLED", 404, [])
+
+
+def test_what_was_held_goes_on_after_a_restart(cloud, clock, tmp_path):
+    simulate_health(cloud, workers={}, hold=True)
+    run_id = run(cloud)
+    clock.advance(60)
+
+    again = LocalCloud(tmp_path / "cloud", base_url="http://cloud.test:8001", clock=lambda: clock.at.timestamp())
+
+    assert status(again, run_id) == "IN_PROGRESS"
+    again.close()
+
+
 @pytest.mark.parametrize("wish", ["COMPLETED", "FAILED"])
 def test_a_cancel_changes_nothing_of_a_run_that_is_over(cloud, clock, wish):
     run_id = run(cloud, {"simulate": {"status": wish}}, webhook=HOOK)

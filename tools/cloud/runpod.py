@@ -5,18 +5,24 @@ An input may carry `simulate` to have another run than the usual one: {"queue_se
 "error", "shape": "base64" | "data_url" | "link" | "none", "output": what the worker returns, instead of a picture,
 "progress": the number of pieces of work, of which a worker tells how many it has done}. Beside it `webhook` and
 `policy` (`executionTimeout`, `ttl`) are RunPod's own. What the workers draw is in worker.py.
+
+`POST /v2/{endpoint}/simulate/health` is the local cloud's own too: {"workers": {"throttled": 3}} has health tell these
+workers, and none of another kind; with "hold": true beside it no worker takes a run. So it stays until the next such
+call says otherwise ({"workers": null}: all is as usual), or the process ends.
 """
 
 import json
+import math
 import sqlite3
 import threading
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tools.cloud import Account, Answer, Request, json_answer
-from tools.cloud.runs import Run, fault, health
+from tools.cloud.runs import Run, fault, health, health_fault
 from tools.cloud.worker import Fetch, NotLoaded, Worker, fetch
 
 MAX_BODY_BYTES = 10 * 1024 * 1024
@@ -36,13 +42,12 @@ COLUMNS = {
     "execution_timeout_ms": "REAL",
     "ttl_ms": "REAL",
     "tries": "INTEGER NOT NULL DEFAULT 0",
+    "not_before": "REAL",  # when a worker may take it at the earliest; infinite: it is held
     "error": "TEXT",  # of its worker; NULL: none that is known
     "deliver_at": "REAL",  # when the webhook is to be sent; NULL: not at all, or no more
 }
-SELECT = (
-    "SELECT id, endpoint_id, input, created_at, cancelled_at, webhook, execution_timeout_ms, ttl_ms, tries, error "
-    "FROM runs"
-)
+FIELDS = [name for name in COLUMNS if name != "deliver_at"]  # of a Run
+SELECT = f"SELECT {', '.join(FIELDS)} FROM runs"
 
 
 class Runpod:
@@ -62,9 +67,17 @@ class Runpod:
         self._clock = clock
         self._lock = threading.Lock()
         self._under_way: set[str] = set()  # runs whose webhook is being sent
+        self._workers: dict[str, dict[str, int]] = {}  # that an endpoint's health is to tell
+        self._held: set[str] = set()  # endpoints whose workers take no run
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._make_table()
+        for endpoint_id in self._endpoints:
+            self._release(endpoint_id)
+
+    @property
+    def _endpoints(self) -> tuple[str, ...]:
+        return (self._account.endpoint_id, *self._account.endpoints)
 
     def _make_table(self) -> None:
         """The table, also where the file is of a version that had fewer columns."""
@@ -81,12 +94,14 @@ class Runpod:
             return json_answer(401, {"error": "Unauthorized"})
         endpoint_id, _, operation = request.path.removeprefix("/v2/").partition("/")
         verb, _, run_id = operation.partition("/")
-        if endpoint_id not in (self._account.endpoint_id, *self._account.endpoints):
+        if endpoint_id not in self._endpoints:
             return _error(404, "Not Found", "endpoint not found")
         if (request.method, operation) == ("POST", "run"):
             return self._accept(endpoint_id, request.body)
         if (request.method, operation) == ("GET", "health"):
-            return json_answer(200, health(self._known(endpoint_id), self._clock()))
+            return self._health(endpoint_id)
+        if (request.method, operation) == ("POST", "simulate/health"):
+            return self._simulate_health(endpoint_id, request.body)
         run = self.find(run_id)
         if run is None or run.endpoint_id != endpoint_id or self._clock() >= run.gone_at:
             return _error(404, "Not Found", "job not found")
@@ -139,15 +154,44 @@ class Runpod:
         runs = map(_run, self._execute(f"{SELECT} WHERE endpoint_id = ?", endpoint_id))
         return [run for run in runs if self._clock() < run.gone_at]
 
+    def _health(self, endpoint_id: str) -> Answer:
+        workers = self._workers.get(endpoint_id)
+        return json_answer(200, health(self._known(endpoint_id), self._clock(), workers))
+
+    def _simulate_health(self, endpoint_id: str, body: bytes) -> Answer:
+        wish = _object(body)
+        if wrong := health_fault(wish):
+            return _error(400, "Bad Request", f"bad request: {wrong}")
+        if wish["workers"] is None:
+            self._workers.pop(endpoint_id, None)
+        else:
+            self._workers[endpoint_id] = wish["workers"]
+        (self._hold if wish.get("hold") else self._release)(endpoint_id)
+        return self._health(endpoint_id)
+
+    def _hold(self, endpoint_id: str) -> None:
+        self._held.add(endpoint_id)
+        self._put_off(self._known(endpoint_id), math.inf)
+
+    def _release(self, endpoint_id: str) -> None:
+        self._held.discard(endpoint_id)
+        self._put_off([run for run in self._known(endpoint_id) if run.not_before == math.inf], self._clock())
+
+    def _put_off(self, runs: list[Run], at: float) -> None:
+        """Have those that still wait begin then at the earliest."""
+        for run in runs:
+            if run.status(self._clock()) == "IN_QUEUE":
+                later = replace(run, not_before=at)
+                self._execute(
+                    "UPDATE runs SET not_before = ?, deliver_at = ? WHERE id = ?", at, later.reports_at, run.id
+                )
+
     def _accept(self, endpoint_id: str, body: bytes) -> Answer:
         if len(body) > MAX_BODY_BYTES:
             return _error(400, "Bad Request", "bad request: body: exceeded max body size of 10MiB")
-        try:
-            order = json.loads(body)
-        except ValueError:
-            order = None
+        order = _object(body)
         # The real words for a policy out of bounds are not documented, nor is that it is 400.
-        if wrong := fault(order if isinstance(order, dict) else {}):
+        if wrong := fault(order):
             return _error(400, "Bad Request", f"bad request: {wrong}")
         policy = order.get("policy") or {}
         run = Run(
@@ -158,14 +202,15 @@ class Runpod:
             webhook=order.get("webhook"),
             execution_timeout_ms=policy.get("executionTimeout"),
             ttl_ms=policy.get("ttl"),
+            not_before=math.inf if endpoint_id in self._held else None,
         )
         self._insert(run)
         return json_answer(200, {"id": run.id, "status": "IN_QUEUE"})
 
     def _insert(self, run: Run) -> None:
         self._execute(
-            "INSERT INTO runs (id, endpoint_id, input, created_at, webhook, execution_timeout_ms, ttl_ms, deliver_at) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO runs (id, endpoint_id, input, created_at, webhook, execution_timeout_ms, ttl_ms, not_before, "
+            "deliver_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             run.id,
             run.endpoint_id,
             json.dumps(run.input),
@@ -173,7 +218,8 @@ class Runpod:
             run.webhook,
             run.execution_timeout_ms,
             run.ttl_ms,
-            run.ends_at if run.reports else None,
+            run.not_before,
+            run.reports_at,
         )
 
     def _cancel(self, run: Run) -> Answer:
@@ -256,21 +302,19 @@ class Results:
             return Answer(404, b"no such result")
 
 
+def _object(body: bytes) -> dict[str, Any]:
+    """The JSON object that was sent, an empty one for anything else."""
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _error(status: int, title: str, detail: str) -> Answer:
     return json_answer(status, {"status": status, "title": title, "detail": detail})
 
 
 def _run(row: tuple[Any, ...]) -> Run:
-    run_id, endpoint_id, given, created_at, cancelled_at, webhook, execution_timeout_ms, ttl_ms, tries, error = row
-    return Run(
-        id=run_id,
-        endpoint_id=endpoint_id,
-        input=json.loads(given),
-        created_at=created_at,
-        cancelled_at=cancelled_at,
-        webhook=webhook,
-        execution_timeout_ms=execution_timeout_ms,
-        ttl_ms=ttl_ms,
-        tries=tries,
-        error=error,
-    )
+    fields = dict(zip(FIELDS, row, strict=True))
+    return Run(**{**fields, "input": json.loads(fields["input"])})

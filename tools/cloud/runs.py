@@ -12,6 +12,7 @@ WEEK_MS = 7 * 24 * 3600 * 1000
 EXECUTION_TIMEOUT_MS = 600_000.0
 TTL_MS = 24 * 3600 * 1000.0
 BOUNDS_MS = {"executionTimeout": (5_000, WEEK_MS), "ttl": (10_000, WEEK_MS)}
+WORKER_STATES = ("idle", "initializing", "ready", "running", "throttled", "unhealthy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Run:
     ttl_ms: float | None = None
     tries: int = 0  # of the webhook
     error: str | None = None  # of its worker, once that is known
+    not_before: float | None = None  # no worker takes it earlier; infinite while the endpoint's runs are held
 
     @property
     def wish(self) -> dict[str, Any]:
@@ -38,7 +40,8 @@ class Run:
     @property
     def starts_at(self) -> float:
         """When a worker takes it."""
-        return self.created_at + float(self.wish.get("queue_seconds", QUEUE_SECONDS))
+        due_at = self.created_at + float(self.wish.get("queue_seconds", QUEUE_SECONDS))
+        return max(due_at, self.not_before or due_at)
 
     @property
     def ends_at(self) -> float:
@@ -63,9 +66,10 @@ class Run:
         return expires_at if expires_at <= over_at else over_at + KEPT_SECONDS
 
     @property
-    def reports(self) -> bool:
-        """Whether its webhook is called. Nobody has seen one for a run that was cancelled, timed out or expired."""
-        return bool(self.webhook) and self.outcome[0] in ("COMPLETED", "FAILED") and self.ends_at < self.gone_at
+    def reports_at(self) -> float | None:
+        """When its webhook is called. Nobody has seen one for a run that was cancelled, timed out or expired."""
+        is_told = bool(self.webhook) and self.outcome[0] in ("COMPLETED", "FAILED") and self.ends_at < self.gone_at
+        return self.ends_at if is_told else None
 
     def status(self, now: float) -> str:
         """What RunPod calls it at that instant."""
@@ -91,11 +95,12 @@ class Run:
         return (self.execution_timeout_ms or EXECUTION_TIMEOUT_MS) / 1000
 
 
-def health(runs: list[Run], now: float) -> dict[str, Any]:
-    """The counters of an endpoint with these runs: one worker idles while there is nothing to do."""
+def health(runs: list[Run], now: float, workers: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """The counters of an endpoint with these runs; one worker idles while there is nothing to do, or as it is told."""
     statuses = [run.status(now) for run in runs]
     running = statuses.count("IN_PROGRESS")
     idle = 0 if running else 1
+    counted = {"idle": idle, "ready": idle, "running": running} if workers is None else workers
     return {
         "jobs": {
             "completed": statuses.count("COMPLETED"),
@@ -104,14 +109,7 @@ def health(runs: list[Run], now: float) -> dict[str, Any]:
             "inQueue": statuses.count("IN_QUEUE"),
             "retried": 0,
         },
-        "workers": {
-            "idle": idle,
-            "initializing": 0,
-            "ready": idle,
-            "running": running,
-            "throttled": 0,
-            "unhealthy": 0,
-        },
+        "workers": {state: counted.get(state, 0) for state in WORKER_STATES},
     }
 
 
@@ -130,3 +128,15 @@ def fault(order: Mapping[str, Any]) -> str | None:
         if value is not None and not (number and least <= value <= most):
             return f"policy.{name} must be from {least} to {most} milliseconds"
     return None
+
+
+def health_fault(wish: Mapping[str, Any]) -> str | None:
+    """What is wrong with the health that is to be simulated."""
+    workers = wish.get("workers", ())
+    if not isinstance(workers, (dict, type(None))):
+        return "workers is required and must be an object, or null"
+    if not set(workers or ()) <= set(WORKER_STATES):
+        return f"workers are {', '.join(WORKER_STATES)}"
+    if not all(type(count) is int and count >= 0 for count in (workers or {}).values()):
+        return "workers are counted in whole numbers"
+    return None if isinstance(wish.get("hold", False), bool) else "hold must be true or false"
