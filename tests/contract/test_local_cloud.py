@@ -78,6 +78,15 @@ def test_r2_refuses_the_checksum_trailers_that_boto3_sends_by_default(settings, 
         client.put_object(Bucket=settings["R2_BUCKET"], Key="k", Body=PNG, ChecksumAlgorithm="SHA256")
 
 
+@pytest.mark.parametrize(("method", "asked"), [("GET", "bytes=-"), ("HEAD", "bytes=0-3")])
+def test_r2_heeds_no_range_that_is_none_nor_one_of_a_head(settings, method, asked):
+    put(bucket(settings), "k", PNG)
+
+    answer = requests.request(method, f"{settings['R2_PUBLIC_BASE_URL']}/k", headers={"Range": asked}, timeout=10)
+
+    assert (answer.status_code, answer.headers["Content-Length"]) == (200, str(len(PNG)))
+
+
 PREFLIGHT = {
     "Origin": "https://page.example",
     "Access-Control-Request-Method": "PUT",

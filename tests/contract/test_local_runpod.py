@@ -13,7 +13,7 @@ from PIL import Image
 
 from tools.cloud import Account, LocalCloud, Request
 from tools.cloud.render import draw, draw_over
-from tools.cloud.worker import MOST_BYTES, fetch
+from tools.cloud.worker import MOST_BYTES, PICTURES_KEPT, fetch
 
 AUTH = {"authorization": "Bearer local-runpod-key"}
 HOOK = "https://hooks.test/runpod?job=1"
@@ -518,6 +518,23 @@ def test_an_edit_that_failed_stays_so(cloud, clock, edit, tmp_path):
     assert cloud.handle(Request("GET", f"/results/{run_id}.png")).status == 404
 
 
+def test_a_cancel_that_comes_too_late_tells_that_an_edit_failed(cloud, edit):
+    run_id, _ = edit(OSError("HTTP 403"))
+
+    assert call(cloud, "POST", f"cancel/{run_id}") == (200, {"id": run_id, "status": "FAILED"})
+
+
+def test_only_the_newest_edits_are_kept(cloud, edit):
+    run_id, pictures = edit(picture(8, 8, "blue"))
+    first = drawn(cloud, run_id)
+    for _ in range(PICTURES_KEPT):
+        drawn(cloud, edit(picture(8, 8, "blue"))[0])
+
+    cloud.runpod.worker.fetch = pictures
+    assert drawn(cloud, run_id) == first
+    assert len(pictures.asked) == 2
+
+
 def test_a_link_to_an_edit_leads_to_its_picture(cloud, edit):
     run_id, pictures = edit(picture(8, 8, "blue"), simulate={"shape": "link"})
 
@@ -576,6 +593,14 @@ def test_what_is_no_address_of_a_picture_is_told_without_its_query(cloud_server,
         fetch(url.format(base=cloud_server.base_url))
 
     assert "secret" not in str(caught.value)
+
+
+def test_a_picture_is_not_loaded_by_a_proxy(cloud_server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "")
+    cloud_server.cloud.r2._keep("a.png", b"png", {}, '"etag"')
+
+    assert fetch(f"{cloud_server.base_url}/cdn/a.png") == b"png"
 
 
 def test_a_picture_of_more_than_20_mb_is_not_loaded(cloud_server):
@@ -667,6 +692,7 @@ def test_while_runs_are_held_none_begins_and_then_they_do(cloud, clock):
     simulate_health(cloud, workers=None)
 
     assert [status(cloud, run_id) for run_id in (works, waits, later)] == ["IN_PROGRESS", "IN_PROGRESS", "COMPLETED"]
+    assert status(cloud, run(cloud, AT_ONCE)) == "COMPLETED"
     clock.advance(2.9)
     assert status(cloud, waits) == "IN_PROGRESS"
     clock.advance(0.2)
