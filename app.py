@@ -45,6 +45,16 @@ def get_deep_health() -> Response:
     return api.get_deep_health(app.current_request)
 
 
+@app.route("/api/models", methods=["GET"])
+def list_models() -> Response:
+    return api.list_models(app.current_request)
+
+
+@app.route("/api/uploads", methods=["POST"], content_types=api.BODY_TYPES)
+def offer_upload() -> Response:
+    return api.offer_upload(app.current_request)
+
+
 @app.route("/api/queue/create", methods=["POST"], content_types=api.BODY_TYPES)
 def create_job() -> Response:
     return api.create_job(app.current_request)
@@ -93,6 +103,21 @@ def retry_job(job_id: str) -> Response:
 @app.route("/api/jobs/{job_id}/redrive", methods=["POST"], content_types=api.BODY_TYPES)
 def redrive_job(job_id: str) -> Response:
     return api.redrive_job(app.current_request, job_id)
+
+
+@app.route("/api/jobs/{job_id}/deliveries", methods=["GET"])
+def list_deliveries(job_id: str) -> Response:
+    return api.list_deliveries(app.current_request, job_id)
+
+
+@app.route("/api/jobs/{job_id}/deliveries/{n}/replay", methods=["POST"], content_types=api.BODY_TYPES)
+def replay_delivery(job_id: str, n: str) -> Response:
+    return api.replay_delivery(app.current_request, job_id, n)
+
+
+@app.route("/api/stats", methods=["GET"])
+def get_stats() -> Response:
+    return api.get_stats(app.current_request)
 
 
 @app.route("/api/dead-letters", methods=["GET"])

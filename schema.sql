@@ -72,7 +72,18 @@ CREATE TABLE IF NOT EXISTS jobs (
   -- The seconds that the caller gave it to be drawn in; NULL: TOTAL_DEADLINE.
   deadline INTEGER,
   -- Since when it is being deleted; no verb but that may touch it any more.
-  deleted_at TEXT
+  deleted_at TEXT,
+  -- The pictures that its input is to have (JSON): the key of each, and its places in the input.
+  pictures TEXT,
+  -- Where its end is to be told.
+  callback_url TEXT,
+  -- US dollars for its ended attempts, as far as time and price are known, and for those of them without a result.
+  cost REAL,
+  wasted REAL,
+  -- Attempts that may have cost something of which nobody knows how much.
+  uncosted INTEGER NOT NULL DEFAULT 0,
+  -- What the worker has last told of its run (JSON).
+  progress TEXT
 );
 
 -- Claims look for due rows of one step.
@@ -105,6 +116,47 @@ CREATE TABLE IF NOT EXISTS job_metadata (
   job_id TEXT NOT NULL,
   PRIMARY KEY (key, value, created_at, job_id)
 ) WITHOUT ROWID;
+
+-- Pictures that callers may put into the bucket, or have put there.
+CREATE TABLE IF NOT EXISTS uploads (
+  key TEXT PRIMARY KEY,
+  created_at TEXT NOT NULL,
+  -- From when on it is removed, if no job uses it; NULL while one does.
+  due_at TEXT,
+  -- Since when it is being removed; no job may use it any more.
+  swept_at TEXT
+) WITHOUT ROWID;
+
+CREATE INDEX IF NOT EXISTS uploads_due ON uploads (due_at) WHERE due_at IS NOT NULL;
+
+-- Which job uses which of them.
+CREATE TABLE IF NOT EXISTS job_uploads (
+  key TEXT NOT NULL,
+  job_id TEXT NOT NULL,
+  PRIMARY KEY (key, job_id)
+) WITHOUT ROWID;
+
+-- What is to be told at a callback_url, and what came of it: the outbox, written in one batch with the job's end.
+CREATE TABLE IF NOT EXISTS deliveries (
+  job_id TEXT NOT NULL,
+  -- Of the job's row at its end, which is told once.
+  version INTEGER NOT NULL,
+  type TEXT NOT NULL,
+  url TEXT NOT NULL,
+  -- The job as it was then (JSON).
+  data TEXT NOT NULL,
+  created_at TEXT NOT NULL,
+  -- When it is tried next; NULL: no more.
+  due_at TEXT,
+  status TEXT NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'delivered', 'failed')),
+  tries INTEGER NOT NULL DEFAULT 0,
+  claimer TEXT,
+  -- The last tries (JSON): at, status, ms, error.
+  log TEXT NOT NULL DEFAULT '[]',
+  PRIMARY KEY (job_id, version)
+) WITHOUT ROWID;
+
+CREATE INDEX IF NOT EXISTS deliveries_due ON deliveries (due_at) WHERE due_at IS NOT NULL;
 
 -- The timeline: what happened to a job, in the order of the row's versions.
 CREATE TABLE IF NOT EXISTS job_events (

@@ -28,6 +28,7 @@ SERVICE = "ob-ai-studio"
 REQUEST_SECONDS = 24.0  # every request is over in 25 s; API Gateway gives up after 29
 READ_SECONDS = 10.0
 PAGE_BYTES = 4_000_000  # of the jobs of a list; a Lambda may answer 6 MB
+CREATE_SECONDS = 10.0  # of a request, kept for the create itself when pictures are taken before
 DEV_ROUND_SECONDS = 20.0
 HEALTH_SECONDS = 20.0
 SCHEDULE_RESERVE = 0.5  # seconds of the Lambda's time kept for returning
@@ -60,25 +61,68 @@ def get_deep_health(call: Call) -> Answer:
     return {"service": SERVICE, **advice.in_short(found)}
 
 
+@route(Right.READ, etag=True)
+def list_models(call: Call) -> Answer:
+    """What can be drawn with, and what each model wants to be given."""
+    return {
+        "models": [call.service.views.model(model) for model in call.service.models.known.values()],
+        "default_model": jobs.DEFAULT_MODEL,
+        "unknown_models": "refuse" if call.service.models.refuse_unknown else "accept",
+    }
+
+
+@route(Right.WRITE)
+def offer_upload(call: Call) -> Answer:
+    """Where a picture may be put, and its key."""
+    content_type, size = inputs.read_upload(inputs.read_body(call.request))
+    deadline = Deadline(call.service.clock, REQUEST_SECONDS)
+    return call.service.uploads.offer(content_type=content_type, size=size, deadline=deadline)
+
+
 @route(Right.WRITE, anonymous=True)
 def create_job(call: Call) -> Answer:
     """Queue a job, or several at once, and send them to RunPod."""
     body = inputs.read_body(call.request)
-    wanted, listed = inputs.read_new_jobs(body)
+    wanted, listed = inputs.read_new_jobs(body, call.service.models)
     key = inputs.read_idempotency_key(call.request)
-    made = [call.service.pipeline.new_job(**job) for job in wanted]
+    deadline = Deadline(call.service.clock, REQUEST_SECONDS)
+    for job in wanted:
+        if job["callback_url"]:
+            job["callback_url"] = call.service.courier.require_url(job["callback_url"])
+    pictures, problem = _take_pictures(call, wanted, deadline)
+    if problem is not None and key is None:
+        raise problem
+    made = [
+        call.service.pipeline.new_job(**{**job, "pictures": [pictures.get(one, one) for one in job["pictures"]]})
+        for job in wanted
+    ]
     if key is not None:
         made = jobs.under_key(made, key, inputs.hash_of(body))
-    ids = _create(call, made)
+    ids = _create(call, made, deadline, problem)
     if ids != [job.id for job in made]:
         call.headers["Idempotent-Replayed"] = "true"
     queued = [{"id": job_id, "status": Status.QUEUED} for job_id in ids]
     return {"jobs": queued} if listed else queued[0]
 
 
-def _create(call: Call, made: list[Job]) -> list[str]:
+def _take_pictures(
+    call: Call, wanted: list[dict[str, Any]], deadline: Deadline
+) -> tuple[dict[str, str], RequestError | None]:
+    """The keys of the jobs' pictures; why they cannot be used, which is nothing where the request was made before."""
+    pictures = [picture for job in wanted for picture in job["pictures"]]
+    if not pictures:
+        return {}, None
     try:
-        return call.service.pipeline.create(made, Deadline(call.service.clock, REQUEST_SECONDS), by=call.caller)
+        return call.service.uploads.take(pictures, deadline.less(CREATE_SECONDS)), None
+    except RequestError as error:
+        return {}, error
+
+
+def _create(call: Call, made: list[Job], deadline: Deadline, problem: RequestError | None) -> list[str]:
+    try:
+        return call.service.pipeline.create(made, deadline, by=call.caller)
+    except RequestError as error:
+        raise (problem if problem and error.code == "image_not_found" else error) from error
     except IndeterminateError as error:
         if made[0].idempotency_key is not None:
             error.sentence += " Send the same again, with the same Idempotency-Key: nothing is made twice."
@@ -137,6 +181,22 @@ def get_job(call: Call, job_id: str) -> Answer:
     return {"job": call.service.views.whole(_found(job, timeline), timeline)}
 
 
+@route(Right.READ, etag=True)
+def list_deliveries(call: Call, job_id: str) -> Answer:
+    """What was to be told of a job at its callback_url, and what came of it."""
+    job, rows = call.service.outbox.of(inputs.read_id(unquote(job_id)), timeout=READ_SECONDS)
+    _found(job)
+    return {"deliveries": [call.service.views.delivery(row) for row in rows]}
+
+
+@route(Right.WRITE)
+def replay_delivery(call: Call, job_id: str, n: str) -> Answer:
+    """Tell it once more, now."""
+    wanted = inputs.read_id(unquote(job_id))
+    row = call.service.courier.replay(wanted, n, Deadline(call.service.clock, REQUEST_SECONDS))
+    return {"delivery": call.service.views.delivery(row)}
+
+
 @route(Right.WRITE)
 def delete_job(call: Call, job_id: str) -> Answer:
     """Remove a job that has ended, and its files."""
@@ -188,6 +248,13 @@ def do_to_many(call: Call) -> Answer:
         ],
         "next_cursor": inputs.make_cursor(*page[-1]) if len(found) > limit else None,
     }
+
+
+@route(Right.READ, etag=True)
+def get_stats(call: Call) -> Answer:
+    """Figures of the last days."""
+    days = inputs.read_days(inputs.query_of(call.request).get("days"))
+    return {"days": days, **call.service.stats.of(days, timeout=READ_SECONDS)}
 
 
 @route(Right.READ)

@@ -33,6 +33,7 @@ def _new(number: int, **known: Any) -> Attempt:
         "ended_at": None,
         "queue_ms": None,
         "execution_ms": None,
+        "cost": None,
         "error_code": None,
         "error": None,
     }
@@ -52,7 +53,7 @@ def _go_on(event: str, at: str, detail: dict[str, Any], attempt: Attempt) -> Non
     if event == "observed" and detail["runpod_status"] != IN_QUEUE:
         attempt["started_at"] = attempt["started_at"] or at
     if event in ENDS and attempt["outcome"] == "running":
-        times = {name: detail.get(name) for name in ("queue_ms", "execution_ms")}
+        times = {name: detail.get(name) for name in ("queue_ms", "execution_ms", "cost")}
         attempt |= {"outcome": ENDS[event], "ended_at": at, **times}
     if event in ("attempt_lost", "failed", "dead_letter"):
         attempt |= {"error_code": detail["code"], "error": detail["reason"]}

@@ -6,16 +6,20 @@ from functools import lru_cache
 from random import Random, SystemRandom
 from typing import TypeVar
 
-from chalicelib import parameters, settings
+from chalicelib import catalogue, parameters, settings
 from chalicelib.connection import Resolve
+from chalicelib.courier import Courier
 from chalicelib.credentials import Credential, Fresh
 from chalicelib.d1 import D1
 from chalicelib.deadlines import Deadlines
 from chalicelib.fetch import Fetch, Guard
 from chalicelib.health import Health
+from chalicelib.models import Models
+from chalicelib.outbox import Outbox
 from chalicelib.pipeline import Pipeline
 from chalicelib.r2 import R2
 from chalicelib.reads import Reads
+from chalicelib.reasons import Reasons
 from chalicelib.removal import Removal
 from chalicelib.results import Results
 from chalicelib.retry import Attempts
@@ -24,8 +28,10 @@ from chalicelib.runtime import Clock, Crew
 from chalicelib.saver import Saver
 from chalicelib.settings import Settings
 from chalicelib.spool import Spool
+from chalicelib.stats import Stats
 from chalicelib.steps import Steps
 from chalicelib.store import Store
+from chalicelib.uploads import Uploads
 from chalicelib.verbs import Verbs
 from chalicelib.views import Views
 from chalicelib.waiting import Waiting
@@ -40,6 +46,7 @@ class Service:
     """What routes and the schedule work with."""
 
     settings: Settings
+    models: Models
     store: Store
     reads: Reads
     waiting: Waiting
@@ -47,6 +54,10 @@ class Service:
     verbs: Verbs
     views: Views
     bucket: R2
+    uploads: Uploads
+    outbox: Outbox
+    courier: Courier
+    stats: Stats
     health: Health
     clock: Clock
 
@@ -81,6 +92,7 @@ def build(config: Settings, clock: Clock, *, load: Callable[[], Settings] | None
 
 def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] | None = None) -> Service:
     """A service with these settings on this machine."""
+    models = catalogue.load()
     clock, rng, wire = given.clock, given.rng, given.new_wire(None)
     fresh = Fresh(config, load or (lambda: config), clock)
     d1 = make_d1(config, wire, clock, rng=rng, fresh=fresh)
@@ -91,6 +103,7 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
     )
     store = Store(
         d1=d1,
+        models=models,
         default_endpoint_id=config.runpod_endpoint_id,
         submit_unknown_wait=config.submit_unknown_wait,
         total_deadline=config.total_deadline,
@@ -98,7 +111,8 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
     )
     reads = Reads(d1=d1, clock=clock)
     guard = Guard(config.result_allowed_private_hosts)
-    fetch = Fetch(wire=given.new_wire(guard.resolve), clock=clock)
+    outside = given.new_wire(guard.resolve)
+    fetch = Fetch(wire=outside, clock=clock)
     bucket = R2(
         endpoint_url=config.r2_endpoint,
         bucket=config.r2_bucket,
@@ -114,8 +128,28 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
         rng=rng,
         default_endpoint_id=config.runpod_endpoint_id,
         attempts=Attempts(maximum=config.max_attempts, worker_failed=config.retry_worker_failed),
-        deadlines=Deadlines(start=config.start_deadline, run=config.run_deadline),
+        deadlines=Deadlines(start=config.start_deadline, run=config.run_deadline, models=models),
+        models=models,
         webhooks=webhooks,
+    )
+    uploads = Uploads(d1=d1, bucket=bucket, fetch=fetch, clock=clock, rng=rng, new_crew=given.new_crew)
+    outbox = Outbox(d1=d1)
+    reasons = Reasons(
+        runpod=runpod,
+        default_endpoint_id=config.runpod_endpoint_id,
+        submit_unknown_wait=config.submit_unknown_wait,
+        clock=clock,
+    )
+    views = Views(bucket=bucket, reasons=reasons, clock=clock)
+    courier = Courier(
+        outbox=outbox,
+        wire=outside,
+        guard=guard,
+        secrets=config.callback_secrets,
+        views=views,
+        clock=clock,
+        rng=rng,
+        new_crew=given.new_crew,
     )
     saver = Saver(store=store, runpod=runpod, clock=clock, rng=rng)
     pipeline = Pipeline(
@@ -125,10 +159,14 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
         clock=clock,
         rng=rng,
         webhooks=webhooks,
+        models=models,
+        courier=courier,
+        uploads=uploads,
         new_crew=given.new_crew,
     )
     return Service(
         settings=config,
+        models=models,
         store=store,
         reads=reads,
         waiting=Waiting(reads=reads, store=store, clock=clock),
@@ -143,10 +181,15 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
             rng=rng,
             new_crew=given.new_crew,
         ),
-        views=Views(bucket=bucket, clock=clock),
+        views=views,
         bucket=bucket,
+        uploads=uploads,
+        outbox=outbox,
+        courier=courier,
+        stats=Stats(d1=d1, clock=clock),
         health=Health(
             settings=config,
+            models=models,
             store=store,
             bucket=bucket,
             spool=spool,

@@ -20,8 +20,9 @@ _large = threading.BoundedSemaphore(1)
 class Content:
     """The bytes of one file, at most 200 MB. Closing it gives the disk back."""
 
-    def __init__(self, deadline: Deadline) -> None:
-        """An empty one, which waits for its turn until the deadline if it grows large."""
+    def __init__(self, deadline: Deadline, *, most: int | None = None) -> None:
+        """An empty one, which waits for its turn until the deadline if it grows large, of `most` bytes."""
+        self._most = MAX_BYTES if most is None else most
         self.file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES)
         self.size = 0
         self._deadline = deadline
@@ -60,8 +61,8 @@ class Content:
         Raises PermanentError `result_too_large` over the limit, TransientError where there is no room for it now.
         """
         self.size += len(piece)
-        if self.size > MAX_BYTES:
-            raise too_large()
+        if self.size > self._most:
+            raise too_large(self._most)
         if self.size > SMALL_BYTES and not self._is_large:
             self._take_turn()
         try:
@@ -93,8 +94,7 @@ def _no_room() -> TransientError:
     return TransientError("result_no_room", "There is no room on disk for the result.", service="result")
 
 
-def too_large() -> PermanentError:
+def too_large(most: int | None = None) -> PermanentError:
     """The error for a file over the limit."""
-    return PermanentError(
-        "result_too_large", f"The result has a file of more than {MAX_BYTES // 1_000_000} MB.", service="result"
-    )
+    megabytes = (most or MAX_BYTES) // 1_000_000
+    return PermanentError("result_too_large", f"There is a file of more than {megabytes} MB.", service="result")

@@ -1,11 +1,13 @@
 """How long a job may take: until a worker has it, at the worker, and in all. RunPod is told too."""
 
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from chalicelib import jobs
 from chalicelib.errors import PermanentError
 from chalicelib.jobs import IN_QUEUE, Job
+from chalicelib.models import Models
 
 # RunPod deletes a run without a word when its `ttl` is over, which looks like a run that it has lost; ours come first.
 TTL_MARGIN = 600  # seconds
@@ -20,27 +22,40 @@ SILENCE_PATIENCE = jobs.RUNPOD_KEEPS  # by then it has forgotten any result
 
 @dataclass(frozen=True, kw_only=True)
 class Deadlines:
-    """Seconds that a run may wait for a worker, and that a worker may take; a job in all has its own instant."""
+    """
+    Seconds that a run may wait for a worker, and that a worker may take, where its model has none of its own; a job in
+    all has its own instant.
+    """
 
     start: int
     run: int
+    models: Models
 
-    def policy(self) -> dict[str, int]:
-        """What RunPod is told with each run, in milliseconds."""
-        ttl = min(self.start + self.run + TTL_MARGIN, MAX_POLICY_SECONDS)
-        return {"executionTimeout": self.run * 1000, "ttl": ttl * 1000}
+    def of_start(self, job: Job) -> int:
+        """Seconds that a run of this job may wait for a worker."""
+        return self.models.get(job.model).start or self.start
+
+    def of_run(self, job: Job) -> int:
+        """Seconds that a worker may take for it."""
+        return self.models.get(job.model).run or self.run
+
+    def policy(self, job: Job) -> dict[str, int]:
+        """What RunPod is told with its run, in milliseconds."""
+        ttl = min(self.of_start(job) + self.of_run(job) + TTL_MARGIN, MAX_POLICY_SECONDS)
+        return {"executionTimeout": self.of_run(job) * 1000, "ttl": ttl * 1000}
 
     def overrun(self, job: Job, runpod_status: str, now: datetime) -> PermanentError | None:
         """Which deadline an unfinished run is over, as the error that the job ends with."""
         if overdue(job, now):
             return too_late()
-        if runpod_status == IN_QUEUE and job.started_at is None and _end(job.submitted_at, self.start) < now:
+        start = self.of_start(job)
+        if runpod_status == IN_QUEUE and job.started_at is None and _end(job.submitted_at, start) < now:
             return PermanentError(
                 "start_deadline",
-                f"No worker took the run within {_words(self.start)}, so it was cancelled; check the endpoint.",
+                f"No worker took the run within {_words(start)}, so it was cancelled; check the endpoint.",
             )
-        if _end(job.started_at, self.run) < now:
-            return took_too_long(self.run)
+        if _end(job.started_at, self.of_run(job)) < now:
+            return took_too_long(self.of_run(job))
         return None
 
     def is_out_of_patience(self, job: Job, now: datetime) -> bool:
@@ -48,10 +63,15 @@ class Deadlines:
         ends = [
             _end(job.cancel_at),
             _end(job.deadline_at),
-            _end(job.started_at, self.run),
-            _end(None if job.started_at else job.submitted_at, self.start),
+            _end(job.started_at, self.of_run(job)),
+            _end(None if job.started_at else job.submitted_at, self.of_start(job)),
         ]
         return min(ends) + STOP_PATIENCE < now
+
+
+def seconds_left(job: Job, now: datetime) -> int:
+    """How long the job may still take in all, rounded up."""
+    return math.ceil((_end(job.deadline_at) - now).total_seconds())
 
 
 def overdue(job: Job, now: datetime) -> bool:

@@ -69,6 +69,11 @@ class Guard:
                 raise _refused(*objection, host)
         return [str(address) for address in addresses[:MAX_ADDRESSES]]
 
+    def require_public_words(self, host: str, port: int) -> None:
+        """Raises Refused where the host is by its own words none of the public internet; a name is not looked up."""
+        if _address(host) is not None or ODD_HOST.fullmatch(host) or host.rpartition(".")[2] == "localhost":
+            self.resolve(host, port)
+
 
 class Fetch:
     """Fetches links over a wire of its own, which has a Guard and knows no key."""
@@ -92,7 +97,7 @@ class Fetch:
             if target is None:
                 return etag
             url = target
-        raise PermanentError("redirect_loop", "The worker's link to the result redirects too often.", service="result")
+        raise PermanentError("redirect_loop", "The link redirects too often.", service="result")
 
     def _visit(self, url: str, into: Content, *, timeout: float) -> tuple[str | None, str | None]:
         """The address that the answer redirects to, or else, with the file written, its ETag."""
@@ -107,6 +112,14 @@ class Fetch:
                 return None, answer.headers.get("ETag")
         except IndeterminateError as error:
             raise _broken_off(error, into) from error
+
+
+def whole_url(url: str) -> str:
+    """The address as it is asked for, with a path. Raises Refused where it is none that may be visited."""
+    _check_url(url)
+    request = PreparedRequest()
+    request.prepare_url(url, None)
+    return str(request.url)
 
 
 def _check_url(url: str) -> None:
@@ -136,7 +149,7 @@ def _look_up(host: str, port: int) -> list[IPv4Address | IPv6Address]:
         raise _refused("link_invalid", "is no address", host) from error
     except OSError as error:
         raise TransientError(
-            "result_unreachable", f"The host of the worker's link, {host}, has no address.", service="result"
+            "result_unreachable", f"The host of the link, {host}, has no address.", service="result"
         ) from error
     return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0])) for entry in found))
 
@@ -173,7 +186,7 @@ def _is_public(address: IPv4Address | IPv6Address) -> bool:
 
 
 def _refused(code: str, words: str, host: str = "the result") -> Refused:
-    return Refused(code, f"The worker's link to {host} {words}; it is not followed.", service="result")
+    return Refused(code, f"The link to {host} {words}; it is not followed.", service="result")
 
 
 def _redirected(error: Refused) -> PermanentError:
@@ -182,7 +195,7 @@ def _redirected(error: Refused) -> PermanentError:
 
 def _failure(answer: Stream, host: str | None) -> ServiceError:
     """What an answer means that is neither the file nor a redirect."""
-    status, said = answer.status, f"The worker's link to {host} answered HTTP {answer.status}"
+    status, said = answer.status, f"The link to {host} answered HTTP {answer.status}"
     if status < 200 or status in (408, 425, 429) or status >= 500:
         return TransientError("result_unavailable", f"{said}.", service="result", retry_after=answer.retry_after)
     if status in (400, 401, 403) and b"expired" in _explanation(answer).lower():
@@ -208,16 +221,16 @@ def _read(answer: Stream, into: Content) -> None:
     length = answer.headers.get("Content-Length")
     # Compression that was not asked for is how a few bytes become many; a picture does not get smaller by it.
     if COMPRESSIONS & set(re.split(r"[\s,]+", answer.headers.get("Content-Encoding", "").lower())):
-        raise PermanentError("result_compressed", "The worker's link answers compressed.", service="result")
+        raise PermanentError("result_compressed", "The link answers compressed.", service="result")
     lengths = set(re.split(r",\s*", length)) if length is not None else set()
     if not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
-        raise PermanentError("result_bad_length", "The worker's link announces no valid length.", service="result")
+        raise PermanentError("result_bad_length", "The link announces no valid length.", service="result")
     if any(int(length) > MAX_BYTES for length in lengths):
         raise too_large()
     for piece in answer.pieces(decode=False):
         into.write(piece)
     if not into.size:
-        raise TransientError("link_not_found", "The worker's link leads to an empty file.", service="result")
+        raise TransientError("link_not_found", "The link leads to an empty file.", service="result")
 
 
 def _broken_off(error: IndeterminateError, into: Content) -> TransientError:

@@ -12,6 +12,7 @@ from chalicelib import advice
 from chalicelib.advice import Finding, from_error
 from chalicelib.content import Content
 from chalicelib.errors import PermanentError, ServiceError
+from chalicelib.models import Models
 from chalicelib.r2 import R2
 from chalicelib.runpod import Runpod
 from chalicelib.runtime import Clock, Crew, Deadline
@@ -35,6 +36,7 @@ class Health:
     """The service's parts, to be looked at."""
 
     settings: Settings
+    models: Models
     store: Store
     bucket: R2
     spool: Spool | None

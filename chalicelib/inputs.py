@@ -9,9 +9,10 @@ from typing import Any
 
 from chalice.app import MultiDict, Request
 
-from chalicelib import jobs
+from chalicelib import jobs, uploads
 from chalicelib.errors import RequestError, no_such_job
 from chalicelib.jobs import DEFAULT_MODEL, LOW, NORMAL
+from chalicelib.models import PROMPT, Model, Models
 from chalicelib.settings import MAX_DEADLINE
 from chalicelib.store import NEWEST
 
@@ -24,7 +25,12 @@ MAX_JOBS = 100  # in one create
 MAX_METADATA, MAX_METADATA_CHARS = 20, 500
 METADATA_KEY = r"[A-Za-z0-9_.-]{1,40}"
 MIN_DEADLINE = 60  # seconds
-JOB_FIELDS = ("prompt", "model", "input", "metadata", "priority", "deadline")
+MAX_PICTURES = 20  # different ones in one create, which are looked at before it
+MAX_URL_CHARS = 4_000
+MAX_DAYS, DEFAULT_DAYS = 90, 7  # of the figures
+JOB_FIELDS = (
+    "prompt", "model", "input", "slots", "image_key", "image_url", "callback_url", "metadata", "priority", "deadline",
+)  # fmt: skip
 DEFAULT_LIMIT, MAX_LIMIT = 50, 100
 
 
@@ -62,37 +68,124 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def read_new_jobs(body: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+def read_new_jobs(body: dict[str, Any], models: Models) -> tuple[list[dict[str, Any]], bool]:
     """What each job to be made shall be, as keywords of Pipeline.new_job, and whether it is a list that was sent."""
     listed = body.get("jobs")
     if listed is None:
-        return [_read_new_job(body)], False
+        return [_read_new_job(body, models)], False
     if not isinstance(listed, list) or not 1 <= len(listed) <= MAX_JOBS:
         raise RequestError("jobs_invalid", f"jobs must be a list of 1 to {MAX_JOBS} jobs.")
     if beside := [name for name in JOB_FIELDS if body.get(name) is not None]:
         raise RequestError("jobs_invalid", f"{beside[0]} must stand in the jobs themselves where jobs is sent.")
-    return [_read_listed(number, item) for number, item in enumerate(listed)], True
+    read = [_read_listed(number, item, models) for number, item in enumerate(listed)]
+    if len({picture for job in read for picture in job["pictures"]}) > MAX_PICTURES:
+        raise RequestError("images_invalid", f"The jobs must have at most {MAX_PICTURES} different pictures together.")
+    return read, True
 
 
-def _read_listed(number: int, item: object) -> dict[str, Any]:
+def _read_listed(number: int, item: object, models: Models) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise RequestError("jobs_invalid", f"jobs[{number}] must be a JSON object.")
     try:
-        return _read_new_job(item)
+        return _read_new_job(item, models)
     except RequestError as error:
         raise RequestError(error.code, f"jobs[{number}]: {error.sentence}") from error
 
 
-def _read_new_job(body: dict[str, Any]) -> dict[str, Any]:
-    prompt, payload = _read_prompt_and_input(body)
+def _read_new_job(body: dict[str, Any], models: Models) -> dict[str, Any]:
+    model = models.require(read_model(body.get("model")))
     return {
-        "prompt": prompt,
-        "payload": payload,
-        "model": read_model(body.get("model")),
+        **_read_for_runpod(body, model),
+        "model": model.name,
+        "callback_url": _read_url("callback_url", body.get("callback_url")),
         "metadata": read_metadata(body.get("metadata")),
         "priority": _read_priority(body.get("priority")),
         "deadline": _read_deadline(body.get("deadline")),
     }
+
+
+def _read_for_runpod(body: dict[str, Any], model: Model) -> dict[str, Any]:
+    """What RunPod gets: the caller's own input, or the values for the model's, or the default one."""
+    if body.get("input") is None and model.template is not None:
+        return _read_for_template(body, model)
+    kind = "with an input of its own" if body.get("input") is not None else "without a template"
+    if given := [name for name in ("slots", "image_key", "image_url") if body.get(name) not in (None, {}, [])]:
+        raise RequestError(
+            "slots_invalid" if given[0] == "slots" else "images_invalid",
+            f"{given[0]} is for models that have a template (see /api/models); this is a job {kind}.",
+        )
+    prompt, payload = _read_prompt_and_input(body)
+    return {"prompt": prompt, "payload": payload, "pictures": ()}
+
+
+def _read_for_template(body: dict[str, Any], model: Model) -> dict[str, Any]:
+    slots = body.get("slots")
+    if not isinstance(slots, dict | None):
+        raise RequestError("slots_invalid", "slots must be a JSON object with the values by their names.")
+    if any("\0" in value for value in (slots or {}).values() if isinstance(value, str)):
+        raise RequestError("slots_invalid", "A value in slots must not contain the NUL character.")
+    optional = "default" in model.slots.get(PROMPT, {"default": ""})
+    prompt = "" if optional and not body.get("prompt") else _read_prompt(body.get("prompt"))
+    return {
+        "prompt": prompt,
+        "payload": None,
+        "slots": model.read(prompt, slots or {}),
+        "pictures": _read_pictures(body, model),
+    }
+
+
+def _read_pictures(body: dict[str, Any], model: Model) -> tuple[str, ...]:
+    """The keys of uploaded pictures, and links to others, in the order of the model's slots for them."""
+    keys = [_read_key(key) for key in _as_list(body.get("image_key"))]
+    links = [_read_url("image_url", url) or "" for url in _as_list(body.get("image_url"))]
+    if len(keys) + len(links) != len(model.pictures):
+        number = len(model.pictures)
+        takes = "no picture" if number == 0 else "1 picture" if number == 1 else f"{number} pictures"
+        raise RequestError(
+            "images_invalid",
+            f"{model.name} takes {takes}, in image_key or image_url; this has {len(keys) + len(links)}.",
+        )
+    return (*keys, *links)
+
+
+def _as_list(given: object) -> list[object]:
+    if given is None:
+        return []
+    return given if isinstance(given, list) else [given]
+
+
+def _read_key(key: object) -> str:
+    if not isinstance(key, str) or not re.fullmatch(rf"{uploads.PREFIX}[0-9a-f/-]{{10,80}}", key):
+        raise RequestError("images_invalid", "image_key must be a key from POST /api/uploads, or a list of such.")
+    return key
+
+
+def _read_url(name: str, url: object) -> str | None:
+    if url is None and name == "callback_url":
+        return None
+    if not isinstance(url, str) or not re.match(r"https?://", url, re.IGNORECASE) or len(url) > MAX_URL_CHARS:
+        code = "callback_url_invalid" if name == "callback_url" else "images_invalid"
+        raise RequestError(code, f"{name} must be an http(s) address of at most {MAX_URL_CHARS} characters.")
+    return url
+
+
+def read_upload(body: dict[str, Any]) -> tuple[str, int]:
+    """The type and the size of a picture that is to be uploaded."""
+    content_type, size = body.get("content_type"), _whole(body.get("bytes"))
+    if content_type not in uploads.TYPES:
+        raise RequestError("content_type_invalid", f"content_type must be one of {', '.join(uploads.TYPES)}.")
+    if size is None or not 1 <= size <= uploads.MAX_BYTES:
+        raise RequestError("bytes_invalid", f"bytes must be the size of the picture, 1 to {uploads.MAX_BYTES}.")
+    return str(content_type), size
+
+
+def read_days(text: str | None) -> int:
+    """How many days the figures are of."""
+    if text is None:
+        return DEFAULT_DAYS
+    if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_DAYS):
+        raise RequestError("days_invalid", f"days must be a whole number from 1 to {MAX_DAYS}.")
+    return int(text)
 
 
 def read_model(model: object) -> str:

@@ -20,7 +20,7 @@ and by a user alone:
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -107,6 +107,7 @@ def from_text(text: str) -> datetime:
 
 
 File = dict[str, Any]
+Picture = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +156,13 @@ class Job:
     priority: str = NORMAL
     deadline: int | None = None
     deleted_at: str | None = None
+    pictures: str | None = None
+    callback_url: str | None = None
+    cost: float | None = None
+    wasted: float | None = None
+    uncosted: int = 0
+    progress: str | None = None
+    ahead: int | None = None  # no column: how many jobs are before it in our queue
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Job":
@@ -201,12 +209,23 @@ class Job:
         return "links" if None not in missing else "runpod"
 
     @property
-    def payload(self) -> dict[str, Any]:
-        """The `input` object that RunPod gets: the caller's own as it was given, or the default one."""
-        if self.input is not None:
-            payload: dict[str, Any] = json.loads(self.input)
-            return payload
-        return {"prompt": self.prompt, "model": self.model, "jobId": self.id}
+    def own_pictures(self) -> list[Picture]:
+        """The pictures that its input is to have: the key of each, and the places `at` which it stands there."""
+        pictures: list[Picture] = json.loads(self.pictures) if self.pictures else []
+        return pictures
+
+    def payload(self, sign: Callable[[str], str]) -> dict[str, Any]:
+        """
+        The `input` object that RunPod gets: the caller's own as it was given, or the model's with the links to its
+        pictures, which `sign` makes of their keys, or the default one.
+        """
+        if self.input is None:
+            return {"prompt": self.prompt, "model": self.model, "jobId": self.id}
+        payload: dict[str, Any] = json.loads(self.input)
+        for picture in self.own_pictures:
+            for place in picture["at"]:
+                _put_in(payload, place, sign(picture["key"]))
+        return payload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +251,8 @@ def new(
     priority: str = NORMAL,
     deadline: int | None = None,
     deadline_at: str | None = None,
+    pictures: list[Picture] | None = None,
+    callback_url: str | None = None,
     now: datetime,
 ) -> Job:
     """A job that waits to be submitted."""
@@ -251,7 +272,16 @@ def new(
         metadata=json.dumps(metadata, ensure_ascii=False) if metadata else None,
         priority=priority,
         deadline=deadline,
+        pictures=json.dumps(pictures) if pictures else None,
+        callback_url=callback_url,
     )
+
+
+def _put_in(payload: Any, place: list[Any], value: str) -> None:
+    *way, last = place
+    for name in way:
+        payload = payload[name]
+    payload[last] = value
 
 
 def under_key(made: list[Job], key: str, request_hash: str) -> list[Job]:

@@ -68,7 +68,9 @@ def _write(level: int, message: str, *, exc_info: bool = False, **fields: Any) -
 
 
 def saved(change: Change) -> None:
-    """A job has made a move, and it is in the table."""
+    """A job has made a move, and it is in the table; how far its run is would be a line for every poll."""
+    if change.event == "progress":
+        return
     _write(
         logging.INFO,
         change.event,
@@ -79,6 +81,11 @@ def saved(change: Change) -> None:
         step_to=change.job.state,
         code=change.error.code if change.error else None,
     )
+
+
+def told(job_id: str, event: str, status: str, line: Mapping[str, Any]) -> None:
+    """A try to tell a callback's receiver of a job's end is over; its address is the caller's own, and not logged."""
+    _write(logging.INFO, "callback", job_id=job_id, event=event, outcome=status, status=line["status"], ms=line["ms"])
 
 
 def failed(what: str, error: ServiceError, *, job_id: str | None = None) -> None:

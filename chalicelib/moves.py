@@ -27,7 +27,13 @@ from chalicelib.jobs import (
     to_text,
 )
 
+# How RunPod ends a run; without a time of its own it may not have begun.
+NEVER_BEGUN = frozenset({"CANCELLED", "TIMED_OUT"})
+
 SAFE_FOR = timedelta(days=1)  # that a result is tried which lies in the spool or behind the worker's links
+
+# After these moves nothing is left of what was paid so far.
+WITHOUT_RESULT = frozenset({"rerun", "fail", "confirm_cancel", "retry"})
 
 MAX_WARNINGS = 10  # of a result
 MAX_LINKS_CHARS = 100_000  # of the links of one result that are kept
@@ -53,8 +59,10 @@ def _move(
         status=STATUS_OF[target],
         step=target.value if live else None,
         finished_at=None if live else to_text(now),
-        **{"holds": 0, **columns},
+        **{"holds": 0, "progress": None, **columns},
     )
+    if verb in WITHOUT_RESULT:
+        moved = replace(moved, wasted=moved.cost)
     why = {"code": error.code, "reason": error.sentence[:MAX_ERROR_CHARS]} if error else {}
     return Change(
         job=moved,
@@ -111,13 +119,15 @@ def return_unsent(job: Job, *, now: datetime) -> Change:
     return _move(job, "give_back", event="not_sent", now=now, attempt=job.attempt - 1, due_at=to_text(now))
 
 
-def observe(job: Job, *, runpod: Mapping[str, Any], now: datetime) -> Change:
-    """RunPod says something new of an unfinished run, such as that a worker has begun."""
+def observe(job: Job, *, runpod: Mapping[str, Any], progress: str | None = None, now: datetime) -> Change:
+    """RunPod says something new of an unfinished run, such as that a worker has begun, or only how far it is."""
     begun = runpod["runpod_status"] != IN_QUEUE
+    only_further = runpod["runpod_status"] == job.runpod_status and (job.started_at is not None or not begun)
     return _move(
         job,
         "observe",
-        event="observed",
+        event="progress" if only_further else "observed",
+        progress=progress,
         detail={"runpod_status": runpod["runpod_status"]},
         now=now,
         started_at=job.started_at or (to_text(now) if begun else None),
@@ -125,10 +135,12 @@ def observe(job: Job, *, runpod: Mapping[str, Any], now: datetime) -> Change:
     )
 
 
-def complete(job: Job, *, lease_until: str, runpod: Mapping[str, Any], now: datetime) -> Change:
+def complete(
+    job: Job, *, lease_until: str, runpod: Mapping[str, Any], price: float | None = None, now: datetime
+) -> Change:
     """RunPod is finished, and forgets the result in half an hour; whoever saves this stores it."""
     ended_at = _earliest_end(job, runpod, now)
-    detail = {name: runpod[name] for name in ("queue_ms", "execution_ms") if runpod.get(name) is not None}
+    charged, detail = _charge(job, runpod, price)
     return _move(
         job,
         "complete",
@@ -143,7 +155,24 @@ def complete(job: Job, *, lease_until: str, runpod: Mapping[str, Any], now: date
         due_at=lease_until,
         failures=0,
         **runpod,
+        **charged,
     )
+
+
+def _charge(job: Job, runpod: Mapping[str, Any], price: float | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    What the end of an attempt changes in the row, and its line in the timeline; `price` in US dollars for a second.
+
+    What is not known counts as unknown, not as nothing; a run that never had a worker has cost nothing.
+    """
+    times = {name: runpod[name] for name in ("queue_ms", "execution_ms") if runpod.get(name) is not None}
+    milliseconds = runpod.get("execution_ms")
+    if milliseconds is None and runpod.get("runpod_status") in NEVER_BEGUN and job.started_at is None:
+        milliseconds = 0
+    if milliseconds is None or price is None:
+        return {"uncosted": job.uncosted + 1}, times
+    cost = round(milliseconds / 1000 * price, 9)
+    return {"cost": round((job.cost or 0.0) + cost, 9)}, {**times, "cost": cost}
 
 
 def _earliest_end(job: Job, runpod: Mapping[str, Any], now: datetime) -> datetime:
@@ -155,40 +184,57 @@ def _earliest_end(job: Job, runpod: Mapping[str, Any], now: datetime) -> datetim
     return min(now, max(from_text(job.submitted_at) + lasted, now - RUNPOD_KEEPS))
 
 
-def rerun(job: Job, error: ServiceError, *, runpod: Mapping[str, Any], now: datetime) -> Change:
+def rerun(
+    job: Job, error: ServiceError, *, runpod: Mapping[str, Any], price: float | None = None, now: datetime
+) -> Change:
     """RunPod itself lost or dropped the run, which is no fault of the job: one more attempt."""
+    charged, detail = _charge(job, runpod, price)
     return _move(
         job,
         "rerun",
         event="attempt_lost",
         error=error,
+        detail=detail,
         now=now,
         due_at=to_text(now),
         failures=0,
         **runpod,
+        **charged,
     )
 
 
 def fail(
-    job: Job, error: ServiceError, *, now: datetime, runpod: Mapping[str, Any] | None = None, output: str = ""
+    job: Job,
+    error: ServiceError,
+    *,
+    now: datetime,
+    runpod: Mapping[str, Any] | None = None,
+    price: float | None = None,
+    output: str = "",
 ) -> Change:
-    """Nothing is left to try; `output` is an excerpt of what the worker returned."""
+    """
+    Nothing is left to try; `output` is an excerpt of what the worker returned, `runpod` what was said of a run that
+    has ended by this.
+    """
+    charged, detail = ({}, {}) if runpod is None else _charge(job, runpod, price)
     return _move(
         job,
         "fail",
         event="failed",
         error=error,
-        detail={"output": output} if output else None,
+        detail={**detail, **({"output": output} if output else {})},
         now=now,
         error_code=error.code,
         error_message=error.sentence[:MAX_ERROR_CHARS],
         **(runpod or {}),
+        **charged,
     )
 
 
-def confirm_cancel(job: Job, *, runpod: Mapping[str, Any], now: datetime) -> Change:
+def confirm_cancel(job: Job, *, runpod: Mapping[str, Any], price: float | None = None, now: datetime) -> Change:
     """RunPod has stopped the run that a user cancelled."""
-    return _move(job, "confirm_cancel", event="cancelled", now=now, **runpod)
+    charged, detail = _charge(job, runpod, price)
+    return _move(job, "confirm_cancel", event="cancelled", detail=detail, now=now, **runpod, **charged)
 
 
 def keep(

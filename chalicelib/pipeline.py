@@ -5,12 +5,13 @@ It runs four rounds a minute; two at once, here or in another process, do no har
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from uuid import UUID
 
 from chalicelib import jobs, log, moves
+from chalicelib.courier import Courier
 from chalicelib.errors import (
     IndeterminateError,
     PermanentError,
@@ -19,22 +20,27 @@ from chalicelib.errors import (
     TransientError,
     no_such_job,
 )
-from chalicelib.jobs import LOW, NORMAL, Change, Job, State
+from chalicelib.jobs import FINAL, LOW, NORMAL, Change, Job, State
+from chalicelib.models import Models
 from chalicelib.rounds import DoubtfulClaim, Report, Round
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saver
 from chalicelib.steps import Steps
 from chalicelib.store import CALLS_KEPT_FROM_WEBHOOKS, Store, new_nonce
+from chalicelib.uploads import Uploads, no_picture
 from chalicelib.webhooks import Webhooks
 
 ROUNDS = 4  # a minute
 ROUND_EVERY = 15.0  # seconds from start to start
 ROUND_BUDGET = 10.0  # seconds that must be left for a round after the first
 THREADS = 16  # that ask side by side
+ERRANDS = 5  # threads beside the rounds: what is told after each of them, and the sweep
 
 CREATE_TIMEOUT = 8.0  # seconds
 QUEUE_FULL_WAIT = 30.0  # seconds after which a client may try again
 VERB_TIMEOUT = 8.0  # seconds
+TOLD_WITHIN = 14.0  # seconds from a run's end as RunPod's callback tells it: a caller's own address, and D1 twice
+SWEEP_EVERY = 10  # minutes
 CALLS_KEPT_FOR_ROUNDS = 100  # under this many D1 calls left, creating only queues: one call, not two
 
 
@@ -48,6 +54,9 @@ class Pipeline:
     clock: Clock
     rng: Random
     webhooks: Webhooks
+    models: Models
+    courier: Courier
+    uploads: Uploads
     new_crew: Callable[[int], Crew] = Crew
     doubtful: DoubtfulClaim = field(default_factory=DoubtfulClaim)
 
@@ -60,10 +69,19 @@ class Pipeline:
         metadata: Mapping[str, str] | None = None,
         priority: str = NORMAL,
         deadline: int | None = None,
+        slots: Mapping[str, object] | None = None,
+        pictures: Sequence[str] = (),
+        callback_url: str | None = None,
     ) -> Job:
-        """A job with an id of its own, not yet in the table; `deadline` are the seconds it has in all."""
+        """
+        A job with an id of its own, not yet in the table; `deadline` are the seconds it has in all, `slots` what the
+        model's input is filled with, and `pictures` the keys of those that go into it.
+        """
         job_id = str(UUID(int=self.rng.getrandbits(128), version=4))
         now = self.clock.now()
+        if slots is not None:
+            payload = self.models.get(model).fill(slots, self.rng)
+        places = self.models.get(model).places() if pictures else []
         return jobs.new(
             job_id=job_id,
             prompt=prompt,
@@ -72,7 +90,9 @@ class Pipeline:
             metadata=metadata,
             priority=priority,
             deadline=deadline,
-            deadline_at=self.store.deadline_at(now, deadline),
+            deadline_at=self.store.deadline_at(now, model=model, deadline=deadline),
+            pictures=[{"key": key, "at": at} for key, at in zip(pictures, places, strict=True)],
+            callback_url=callback_url,
             now=now,
         )
 
@@ -89,7 +109,9 @@ class Pipeline:
         made = [self.store.with_intent(job, now=now) if sending and job.priority != LOW else job for job in wanted]
         to_send = [job for job in made if job.state is State.SUBMITTING]
         try:
-            there = self.store.create(made, by=by, nonce=new_nonce(self.rng), timeout=deadline.cap(CREATE_TIMEOUT))
+            there, gone = self.store.create(
+                made, by=by, nonce=new_nonce(self.rng), timeout=deadline.cap(CREATE_TIMEOUT)
+            )
         except IndeterminateError:
             # The rows may be there with their intent written, and nobody will send them.
             self.saver.keep([moves.return_unsent(job, now=self.clock.now()) for job in to_send])
@@ -100,7 +122,7 @@ class Pipeline:
                 raise RequestError("body_too_large", sentence) from error
             raise
         if not there:
-            raise self._no_room(len(wanted))
+            raise no_picture(min(gone)) if gone else self._no_room(len(wanted))
         _require_same_request(there, wanted)
         if there[0].id in {job.id for job in wanted}:
             self._send_all(to_send, deadline)
@@ -159,8 +181,13 @@ class Pipeline:
             return "nothing to do"
         if calls_left < CALLS_KEPT_FROM_WEBHOOKS:
             return "left to the next round"
-        self.look_at(job, deadline)
+        self._tell(self.look_at(job, deadline), deadline)
         return "looked at"
+
+    def _tell(self, job: Job, deadline: Deadline) -> None:
+        """Tell of the end at once, if it is one, but not for long: RunPod waits for our answer."""
+        if job.state in FINAL and job.callback_url:
+            self.courier.run(deadline.less(max(0.0, deadline.left() - TOLD_WITHIN)), job_id=job.id)
 
     def _calls_left(self) -> float:
         calls_left = self.store.calls_left()
@@ -178,7 +205,7 @@ class Pipeline:
         if won is None:
             return "nothing to do"
         if self._calls_left() >= CALLS_KEPT_FROM_WEBHOOKS:
-            self.look_at(won, deadline)
+            self._tell(self.look_at(won, deadline), deadline)
         return "adopted"
 
     def look_at(self, job: Job, deadline: Deadline) -> Job:
@@ -211,6 +238,16 @@ class Pipeline:
 
         A slot that a long round has run over is left out. A round that fails does not keep the others from running.
         """
+        with self.new_crew(ERRANDS) as errands:
+            errands.start(lambda: self.courier.run(deadline))
+            if self.clock.now().minute % SWEEP_EVERY == 0:
+                errands.start(lambda: self._sweep(deadline))
+            reports = self._rounds(deadline, errands)
+            while errands.busy:
+                errands.wait(1.0)
+        return reports
+
+    def _rounds(self, deadline: Deadline, errands: Crew) -> list[Report]:
         start = self.clock.monotonic()
         reports = []
         slot = 0
@@ -220,9 +257,20 @@ class Pipeline:
                 break
             if pause:
                 self.clock.sleep(pause)
-            reports += self._guarded_round(deadline)
+            report = self._guarded_round(deadline)
+            if any(job.callback_url for one in report for job in one.updated):
+                errands.start(lambda: self.courier.run(deadline))  # beside the rounds, which no receiver may delay
+            reports += report
             slot = max(slot + 1, math.ceil((self.clock.monotonic() - start) / ROUND_EVERY))
         return reports
+
+    def _sweep(self, deadline: Deadline) -> None:
+        try:
+            self.uploads.sweep(deadline)
+        except ServiceError as error:
+            log.failed("uploads_not_swept", error)
+        except Exception:
+            log.crashed("sweep_crashed")
 
     def _guarded_round(self, deadline: Deadline) -> list[Report]:
         try:

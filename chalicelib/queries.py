@@ -8,13 +8,18 @@ from chalicelib.d1 import Statement
 
 
 def load_queries(text: str) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Each `-- name: x` block as x: (SQL with ?1, ?2…, the names those stand for); {y} is the text of block y above."""
+    """
+    Each `-- name: x` block as x: (SQL with ?1, ?2…, the names those stand for). {y} is the text of block y above, which
+    may be a `-- part: y`, no statement by itself.
+    """
     texts: dict[str, str] = {}
-    for block in re.split(r"^-- name: ", text, flags=re.MULTILINE)[1:]:
+    names = []
+    for kind, block in re.findall(r"^-- (name|part): (.*?)(?=^-- (?:name|part): |\Z)", text, re.MULTILINE | re.DOTALL):
         name, _, body = block.partition("\n")
         sql = "\n".join(line for line in body.splitlines() if not line.lstrip().startswith("--")).strip()
         texts[name.strip()] = re.sub(r"\{(\w+)\}", lambda found: texts[found[1]], sql)
-    return {name: _numbered(sql) for name, sql in texts.items()}
+        names += [name.strip()] if kind == "name" else []
+    return {name: _numbered(texts[name]) for name in names}
 
 
 def _numbered(sql: str) -> tuple[str, tuple[str, ...]]:

@@ -1,15 +1,16 @@
--- What may happen to the table. Each statement: its name, a sentence, its arrow in jobs.TRANSITIONS if it has one.
+-- What may happen to the table. Each statement: its name, a sentence, its arrow in jobs.TRANSITIONS if it has one. What
+-- several statements have in common is a part, and stands in them by its name in braces.
 -- :name is bound by name; store.py turns it into D1's ?1. JSON numbers that are bound arrive as REAL, so counts are CAST
 -- and rows come as one JSON text through json_each, which keeps integers.
 -- Every batch made of these may be sent again with the same parameters: its nonce makes a repeat do nothing new.
 
 
 -- name: create_jobs
--- Insert all of the rows or none: they are not there yet, their idempotency key neither, and there is room for them in the
--- queue. Of two requests at once with one key the second finds the first one's rows, for D1 writes one after the other.
+-- Insert all of the rows or none: they are not there yet, their idempotency key neither, their pictures are, and there is
+-- room for them in the queue. Of two requests at once with one key the second finds the first one's rows, for D1 writes one after the other.
 INSERT INTO jobs (
   id, status, step, prompt, model, input, endpoint_id, version, attempt, intent_version, due_at, deadline_at, claimer, created_at, updated_at,
-  idempotency_key, idempotency_n, request_hash, metadata, priority, deadline
+  idempotency_key, idempotency_n, request_hash, metadata, priority, deadline, pictures, callback_url
 )
 SELECT
   json_extract(value, '$.id'), 'queued', json_extract(value, '$.step'), json_extract(value, '$.prompt'), json_extract(value, '$.model'),
@@ -17,9 +18,15 @@ SELECT
   json_extract(value, '$.intent_version'), json_extract(value, '$.due_at'), json_extract(value, '$.deadline_at'), :nonce,
   json_extract(value, '$.created_at'), json_extract(value, '$.updated_at'),
   json_extract(value, '$.idempotency_key'), json_extract(value, '$.idempotency_n'), json_extract(value, '$.request_hash'),
-  json_extract(value, '$.metadata'), json_extract(value, '$.priority'), json_extract(value, '$.deadline')
+  json_extract(value, '$.metadata'), json_extract(value, '$.priority'), json_extract(value, '$.deadline'),
+  json_extract(value, '$.pictures'), json_extract(value, '$.callback_url')
 FROM json_each(:rows)
 WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE idempotency_key = :idempotency_key)
+  AND NOT EXISTS (
+    SELECT 1
+    FROM json_each(:uploads) AS wanted
+    WHERE NOT EXISTS (SELECT 1 FROM uploads WHERE uploads.key = wanted.value AND uploads.swept_at IS NULL)
+  )
   AND json_array_length(:rows) + (
     SELECT count(*)
     FROM (
@@ -48,6 +55,28 @@ SELECT word.key, word.value, jobs.created_at, jobs.id
 FROM jobs, json_each(jobs.metadata) AS word
 WHERE jobs.id IN (SELECT value FROM json_each(:ids)) AND jobs.claimer = :nonce
 ON CONFLICT DO NOTHING
+
+
+-- name: use_uploads
+-- Which of the new jobs uses which picture.
+INSERT INTO job_uploads (key, job_id)
+SELECT DISTINCT json_extract(picture.value, '$.key'), jobs.id
+FROM jobs, json_each(jobs.pictures) AS picture
+WHERE jobs.id IN (SELECT value FROM json_each(:ids)) AND jobs.claimer = :nonce
+ON CONFLICT DO NOTHING
+
+
+-- name: keep_uploads
+-- Those pictures stay for as long as a job uses them.
+UPDATE uploads
+SET due_at = NULL
+WHERE key IN (SELECT value FROM json_each(:uploads))
+  AND EXISTS (SELECT 1 FROM job_uploads WHERE job_uploads.key = uploads.key)
+
+
+-- name: select_uploads
+-- Which of these pictures may be used.
+SELECT key FROM uploads WHERE key IN (SELECT value FROM json_each(:uploads)) AND swept_at IS NULL
 
 
 -- name: select_created
@@ -95,9 +124,9 @@ ON CONFLICT DO NOTHING
 
 
 -- name: expire_submits
--- expire: submitting -> submit. RunPod's answer never came; the attempt stays counted.
+-- expire: submitting -> submit. RunPod's answer never came; the attempt stays counted, and may have been paid.
 UPDATE jobs
-SET step = 'submit', status = 'queued', version = version + 1, due_at = :now, updated_at = :now
+SET step = 'submit', status = 'queued', version = version + 1, due_at = :now, updated_at = :now, uncosted = uncosted + 1
 WHERE status IN ('queued', 'running') AND step = 'submitting' AND due_at <= :now
 
 
@@ -107,6 +136,30 @@ INSERT INTO job_events (job_id, version, n, at, event, detail)
 SELECT id, version + 1, 0, :now, 'cancelled', json_object('attempt', attempt)
 FROM jobs
 WHERE status IN ('queued', 'running') AND cancel_at IS NOT NULL AND step = 'submit'
+ON CONFLICT DO NOTHING
+
+
+-- part: told
+-- The job as a callback tells of it; in two parts, for D1 takes 32 arguments to a function.
+json_set(
+  json_object(
+    'id', id, 'status', status, 'prompt', substr(prompt, 1, 1000), 'model', model, 'result_r2_key', result_r2_key,
+    'result_url', result_url, 'outputs', json(coalesce(outputs, '[]')), 'error', error_message, 'error_code', error_code,
+    'attempt', attempt, 'queue_ms', queue_ms, 'execution_ms', execution_ms
+  ),
+  '$.cost', cost, '$.wasted', wasted, '$.uncosted', uncosted, '$.created_at', created_at, '$.submitted_at', submitted_at,
+  '$.completed_at', completed_at, '$.finished_at', finished_at, '$.dead_at', dead_at, '$.metadata', json(coalesce(metadata, '{}'))
+)
+
+
+-- name: tell_of_waiting
+-- The outbox for those, as they will be a statement later.
+INSERT INTO deliveries (job_id, version, type, url, data, created_at, due_at)
+SELECT
+  id, version + 1, 'job.cancelled', callback_url,
+  json_set({told}, '$.status', 'cancelled', '$.finished_at', :now), :now, :now
+FROM jobs
+WHERE status IN ('queued', 'running') AND cancel_at IS NOT NULL AND step = 'submit' AND callback_url IS NOT NULL
 ON CONFLICT DO NOTHING
 
 
@@ -123,7 +176,8 @@ WHERE status IN ('queued', 'running') AND cancel_at IS NOT NULL AND step = 'subm
 UPDATE jobs
 SET
   step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
-  runpod_job_id = NULL, runpod_status = NULL, endpoint_id = :endpoint_id, claimer = :nonce, due_at = :unknown_at, updated_at = :now,
+  runpod_job_id = NULL, runpod_status = NULL, claimer = :nonce, due_at = :unknown_at, updated_at = :now,
+  endpoint_id = coalesce((SELECT own.value FROM json_each(:endpoints) AS own WHERE own.key = jobs.model), :endpoint_id),
   deadline_at = coalesce(deadline_at, :deadline_at)
 WHERE id IN (
   SELECT id
@@ -174,7 +228,8 @@ WHERE id IN (
 UPDATE jobs
 SET
   step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
-  runpod_job_id = NULL, runpod_status = NULL, endpoint_id = :endpoint_id, claimer = :nonce, due_at = :unknown_at, updated_at = :now,
+  runpod_job_id = NULL, runpod_status = NULL, claimer = :nonce, due_at = :unknown_at, updated_at = :now,
+  endpoint_id = coalesce((SELECT own.value FROM json_each(:endpoints) AS own WHERE own.key = jobs.model), :endpoint_id),
   deadline_at = coalesce(deadline_at, :deadline_at)
 WHERE id = coalesce(:id, (
     SELECT id FROM jobs WHERE status = 'queued' AND step = 'submit' AND cancel_at IS NULL ORDER BY created_at, id LIMIT 1
@@ -242,11 +297,13 @@ SELECT
   id, status, step, version, attempt, failures, due_at, intent_version, runpod_job_id, endpoint_id, model,
   CASE WHEN step = 'submitting' THEN prompt END AS prompt,
   CASE WHEN step = 'submitting' THEN input END AS input,
+  CASE WHEN step = 'submitting' THEN pictures END AS pictures,
   CASE WHEN step = 'store' THEN outputs END AS outputs,
   CASE WHEN step = 'store' THEN links END AS links,
   CASE WHEN step = 'store' THEN warnings END AS warnings,
   holds, attempt_base, started_at, deadline_at, result_until,
-  created_at, updated_at, submitted_at, completed_at, cancel_at, runpod_status, queue_ms, execution_ms
+  created_at, updated_at, submitted_at, completed_at, cancel_at, runpod_status, queue_ms, execution_ms,
+  callback_url, cost, wasted, uncosted, progress
 FROM jobs
 WHERE claimer = :nonce AND status IN ('queued', 'running') AND (step IN ('poll', 'store') OR (step = 'submitting' AND intent_version = version))
 -- The + keeps SQLite from reading the whole table in the order of the index.
@@ -259,6 +316,9 @@ ORDER BY +created_at, id
 UPDATE jobs
 SET
   status = 'running', step = 'poll', version = version + 1, writer = :nonce, claimer = NULL, failures = 0, updated_at = :now,
+  progress = NULL,
+  -- An attempt that was given up for lost is known after all.
+  uncosted = CASE WHEN jobs.step = 'submit' THEN max(0, jobs.uncosted - 1) ELSE jobs.uncosted END,
   runpod_job_id = json_extract(row.value, '$.runpod_job_id'),
   runpod_status = json_extract(row.value, '$.runpod_status'),
   submitted_at = json_extract(row.value, '$.submitted_at'),
@@ -300,7 +360,11 @@ SET
   completed_at = json_extract(row.value, '$.completed_at'),
   result_until = json_extract(row.value, '$.result_until'),
   queue_ms = json_extract(row.value, '$.queue_ms'),
-  execution_ms = json_extract(row.value, '$.execution_ms')
+  execution_ms = json_extract(row.value, '$.execution_ms'),
+  cost = json_extract(row.value, '$.cost'),
+  wasted = json_extract(row.value, '$.wasted'),
+  uncosted = json_extract(row.value, '$.uncosted'),
+  progress = json_extract(row.value, '$.progress')
 FROM json_each(:guarded) AS row
 WHERE jobs.id = json_extract(row.value, '$.id')
   AND jobs.version = json_extract(row.value, '$.version')
@@ -336,7 +400,9 @@ SET
   completed_at = json_extract(row.value, '$.completed_at'),
   result_until = json_extract(row.value, '$.result_until'),
   queue_ms = json_extract(row.value, '$.queue_ms'),
-  execution_ms = json_extract(row.value, '$.execution_ms')
+  execution_ms = json_extract(row.value, '$.execution_ms'),
+  wasted = json_extract(row.value, '$.wasted'),
+  progress = NULL
 FROM json_each(:reopened) AS row
 WHERE jobs.id = json_extract(row.value, '$.id')
   AND jobs.version = json_extract(row.value, '$.version')
@@ -361,6 +427,17 @@ INSERT INTO job_events (job_id, version, n, at, event, detail)
 SELECT id, version, 0, :now, 'cancelled', json_object('attempt', attempt, 'by', :by)
 FROM jobs
 WHERE id IN (SELECT value FROM json_each(:ids)) AND writer = :nonce AND +status = 'cancelled'
+ON CONFLICT DO NOTHING
+
+
+-- name: tell_of_cancelled
+-- The outbox for them.
+INSERT INTO deliveries (job_id, version, type, url, data, created_at, due_at)
+SELECT
+  id, version, 'job.cancelled', callback_url,
+  {told}, :now, :now
+FROM jobs
+WHERE id IN (SELECT value FROM json_each(:ids)) AND writer = :nonce AND +status = 'cancelled' AND callback_url IS NOT NULL
 ON CONFLICT DO NOTHING
 
 
@@ -420,6 +497,35 @@ DELETE FROM job_events
 WHERE job_id IN (SELECT id FROM jobs WHERE id IN (SELECT value FROM json_each(:ids)) AND deleted_at IS NOT NULL)
 
 
+-- name: forget_deliveries
+-- What was to be told of them.
+DELETE FROM deliveries
+WHERE job_id IN (SELECT id FROM jobs WHERE id IN (SELECT value FROM json_each(:ids)) AND deleted_at IS NOT NULL)
+
+
+-- name: forget_uploads
+-- That they use pictures.
+DELETE FROM job_uploads
+WHERE (key, job_id) IN (
+  SELECT json_extract(picture.value, '$.key'), jobs.id
+  FROM jobs, json_each(jobs.pictures) AS picture
+  WHERE jobs.id IN (SELECT value FROM json_each(:ids)) AND jobs.deleted_at IS NOT NULL
+)
+
+
+-- name: free_uploads
+-- The pictures that no other job uses are removed by the next sweep.
+UPDATE uploads
+SET due_at = :now
+WHERE due_at IS NULL
+  AND key IN (
+    SELECT json_extract(picture.value, '$.key')
+    FROM jobs, json_each(jobs.pictures) AS picture
+    WHERE jobs.id IN (SELECT value FROM json_each(:ids)) AND jobs.deleted_at IS NOT NULL
+  )
+  AND NOT EXISTS (SELECT 1 FROM job_uploads WHERE job_uploads.key = uploads.key)
+
+
 -- name: log_deleted
 -- The one line that stays, so that a repeat has its answer.
 INSERT INTO job_events (job_id, version, n, at, event, detail)
@@ -443,6 +549,19 @@ SELECT jobs.id, jobs.version, json_extract(line.value, '$.n'), :now, json_extrac
 FROM json_each(:lines) AS line
 JOIN jobs ON jobs.id = json_extract(line.value, '$.id')
 WHERE jobs.writer = :nonce AND jobs.version = coalesce(json_extract(line.value, '$.version'), jobs.version)
+  AND json_extract(line.value, '$.event') <> 'progress'
+ON CONFLICT DO NOTHING
+
+
+-- name: tell_of_saved
+-- The outbox, for those of these rows that have ended.
+INSERT INTO deliveries (job_id, version, type, url, data, created_at, due_at)
+SELECT
+  id, version, 'job.' || status, callback_url,
+  {told}, :now, :now
+FROM jobs
+WHERE id IN (SELECT json_extract(value, '$.id') FROM json_each(:guarded)) AND writer = :nonce
+  AND +status IN ('done', 'error', 'cancelled') AND callback_url IS NOT NULL
 ON CONFLICT DO NOTHING
 
 
@@ -454,9 +573,27 @@ JOIN jobs ON jobs.id = json_extract(line.value, '$.id')
 WHERE jobs.writer = :nonce AND jobs.version = coalesce(json_extract(line.value, '$.version'), jobs.version)
 
 
+-- part: ahead
+-- How many jobs are before this one in our queue, as far as it is worth counting.
+CASE WHEN step = 'submit' AND status IN ('queued', 'running') THEN (
+  SELECT count(*)
+  FROM (
+    SELECT 1
+    FROM jobs AS other INDEXED BY jobs_due
+    WHERE other.step = 'submit' AND other.status IN ('queued', 'running') AND (other.due_at, other.id) < (jobs.due_at, jobs.id)
+    LIMIT 200
+  )
+) END AS ahead
+
+
 -- name: select_job
 -- One job, whole.
 SELECT * FROM jobs WHERE id = :id
+
+
+-- name: select_seen_job
+-- One job as it is shown.
+SELECT *, {ahead} FROM jobs WHERE id = :id
 
 
 -- name: select_jobs
@@ -464,7 +601,8 @@ SELECT * FROM jobs WHERE id = :id
 SELECT
   id, runpod_job_id, status, step, prompt, model, result_r2_key, result_url, finished_at, error_message, error_code, created_at, updated_at,
   version, attempt, failures, holds, attempt_base, due_at, endpoint_id, runpod_status, outputs, links, warnings, dead_at, cancel_at,
-  submitted_at, started_at, completed_at, result_until, deadline_at, queue_ms, execution_ms, metadata, priority, deadline, deleted_at
+  submitted_at, started_at, completed_at, result_until, deadline_at, queue_ms, execution_ms, metadata, priority, deadline, deleted_at,
+  pictures, callback_url, cost, wasted, uncosted, progress, {ahead}
 FROM jobs
 WHERE id IN (SELECT value FROM json_each(:ids))
 
@@ -558,7 +696,8 @@ LIMIT CAST(:limit AS INTEGER)
 SELECT
   id, runpod_job_id, status, step, prompt, model, result_r2_key, result_url, finished_at, error_message, error_code, created_at, updated_at,
   version, attempt, failures, due_at, runpod_status, outputs, dead_at, cancel_at, submitted_at, started_at, completed_at, result_until,
-  deadline_at, queue_ms, execution_ms, metadata, priority, deadline, deleted_at
+  deadline_at, queue_ms, execution_ms, metadata, priority, deadline, deleted_at,
+  endpoint_id, pictures, callback_url, cost, wasted, uncosted, progress, {ahead}
 FROM jobs
 WHERE id IN ({matching})
 ORDER BY +created_at DESC, id DESC
@@ -578,7 +717,8 @@ SELECT id, created_at FROM jobs WHERE id IN ({matching}) ORDER BY +created_at DE
 -- Newest first, after the row that the cursor names; of one error_code where that is given.
 SELECT
   id, runpod_job_id, status, step, prompt, model, error_message, error_code, created_at, updated_at, version, attempt, failures, due_at,
-  runpod_status, endpoint_id, outputs, links, warnings, holds, attempt_base, cancel_at, started_at, deadline_at, dead_at, submitted_at, completed_at, finished_at, result_until, queue_ms, execution_ms, deleted_at
+  runpod_status, endpoint_id, outputs, links, warnings, holds, attempt_base, cancel_at, started_at, deadline_at, dead_at, submitted_at, completed_at, finished_at, result_until, queue_ms, execution_ms, deleted_at,
+  cost, wasted, uncosted
 FROM jobs
 WHERE dead_at IS NOT NULL AND (dead_at, id) < (:dead_at, :id) AND error_code = coalesce(:error_code, error_code)
 ORDER BY dead_at DESC, id DESC
@@ -642,3 +782,147 @@ FROM (
 )
 GROUP BY error_code
 ORDER BY jobs DESC
+
+
+-- name: offer_uploads
+-- Pictures that are about to be put into the bucket.
+INSERT INTO uploads (key, created_at, due_at)
+SELECT value, :now, :due_at FROM json_each(:uploads) WHERE true
+ON CONFLICT DO NOTHING
+
+
+-- name: mark_unused
+-- From now on no job may use these, so that none is removed under a job that has just been made.
+UPDATE uploads
+SET swept_at = :now
+WHERE swept_at IS NULL AND key IN (
+  SELECT key
+  FROM uploads
+  WHERE due_at <= :now AND NOT EXISTS (SELECT 1 FROM job_uploads WHERE job_uploads.key = uploads.key)
+  ORDER BY due_at
+  LIMIT CAST(:limit AS INTEGER)
+)
+
+
+-- name: select_marked
+-- Those whose objects are to be removed, now or once more.
+SELECT key FROM uploads WHERE due_at <= :now AND swept_at IS NOT NULL ORDER BY due_at LIMIT CAST(:limit AS INTEGER)
+
+
+-- name: forget_swept
+-- Their objects are gone.
+DELETE FROM uploads WHERE key IN (SELECT value FROM json_each(:uploads)) AND swept_at IS NOT NULL
+
+
+-- name: claim_deliveries
+-- Take what is due at callback addresses, only so many of one host, so that one that is down does not hold up the others;
+-- those of one job alone where :job_id is given.
+UPDATE deliveries
+SET claimer = :nonce, due_at = :lease_until
+WHERE (job_id, version) IN (
+  SELECT job_id, version
+  FROM (
+    SELECT
+      job_id, version, due_at,
+      row_number() OVER (PARTITION BY substr(url, 1, instr(substr(url, 9), '/') + 8) ORDER BY due_at, job_id, version) AS nth
+    FROM (
+      SELECT job_id, version, due_at, url
+      FROM deliveries
+      WHERE due_at <= :now AND job_id = coalesce(:job_id, job_id)
+      ORDER BY due_at
+      LIMIT CAST(:window AS INTEGER)
+    )
+  )
+  WHERE nth <= CAST(:of_host AS INTEGER)
+  ORDER BY due_at
+  LIMIT CAST(:limit AS INTEGER)
+)
+
+
+-- name: select_claimed_deliveries
+-- What this nonce has taken.
+SELECT job_id, version, type, url, data, created_at, tries
+FROM deliveries
+WHERE due_at = :lease_until AND claimer = :nonce
+ORDER BY created_at
+
+
+-- name: settle_deliveries
+-- What came of them; of the tries the last twenty are kept.
+UPDATE deliveries
+SET
+  claimer = NULL, tries = tries + 1,
+  status = json_extract(row.value, '$.status'),
+  due_at = json_extract(row.value, '$.due_at'),
+  log = json_insert(
+    CASE WHEN json_array_length(log) >= 20 THEN json_remove(log, '$[0]') ELSE log END, '$[#]', json_extract(row.value, '$.line')
+  )
+FROM json_each(:rows) AS row
+WHERE deliveries.job_id = json_extract(row.value, '$.job_id') AND deliveries.version = json_extract(row.value, '$.version')
+  AND deliveries.claimer = :nonce
+
+
+-- name: replay_delivery
+-- Send it once more, with the whole schedule anew.
+UPDATE deliveries
+SET status = 'pending', tries = 0, claimer = NULL, due_at = :now
+WHERE job_id = :job_id AND version = (
+  SELECT version FROM deliveries WHERE job_id = :job_id ORDER BY version LIMIT 1 OFFSET CAST(:n AS INTEGER) - 1
+)
+
+
+-- name: select_deliveries
+-- What was to be told of a job, oldest first.
+SELECT row_number() OVER (ORDER BY version) AS n, type, url, created_at, due_at, status, tries, log
+FROM deliveries
+WHERE job_id = :job_id
+ORDER BY version
+LIMIT 100
+
+
+-- name: latest
+-- The newest jobs made since then, no more of them than so many.
+SELECT id FROM jobs WHERE created_at > :since ORDER BY created_at DESC, id DESC LIMIT CAST(:limit AS INTEGER)
+
+
+-- name: count_by_status
+-- How many of them have each status, and when the first of them was made.
+SELECT status, count(*) AS jobs, min(created_at) AS first FROM jobs WHERE id IN ({latest}) GROUP BY +status
+
+
+-- name: measure_spans
+-- How long those took that are done, in milliseconds: all the time before the run that counted, that run, storing, and all
+-- together; by nearest rank.
+WITH spans AS (
+  SELECT span.key AS span, span.value AS ms
+  FROM jobs, json_each(json_object(
+    'queue', (julianday(completed_at) - julianday(created_at)) * 86400000 - execution_ms,
+    'run', execution_ms,
+    'store', (julianday(finished_at) - julianday(completed_at)) * 86400000,
+    'total', (julianday(finished_at) - julianday(created_at)) * 86400000
+  )) AS span
+  WHERE jobs.id IN ({latest}) AND +jobs.status = 'done' AND span.value IS NOT NULL
+), ranked AS (
+  SELECT
+    span, max(0, ms) AS ms, row_number() OVER (PARTITION BY span ORDER BY ms) AS rank, count(*) OVER (PARTITION BY span) AS jobs
+  FROM spans
+)
+SELECT
+  span, jobs,
+  min(CASE WHEN rank >= jobs * 0.5 THEN ms END) AS p50,
+  min(CASE WHEN rank >= jobs * 0.95 THEN ms END) AS p95,
+  min(CASE WHEN rank >= jobs * 0.99 THEN ms END) AS p99
+FROM ranked
+GROUP BY span
+
+
+-- name: sum_costs
+-- What they have cost, by the day that they were made on (UTC) and the model, in US dollars; NULL where nothing is known.
+SELECT
+  substr(created_at, 1, 10) AS day, coalesce(model, 'qwen-image') AS model, count(*) AS jobs,
+  round(sum(cost), 6) AS cost, round(sum(wasted), 6) AS wasted, sum(uncosted) AS uncosted
+FROM jobs
+WHERE id IN ({latest})
+GROUP BY 1, 2
+ORDER BY 1 DESC, 2
+LIMIT 1000

@@ -128,6 +128,17 @@ class R2:
         except BotoCoreError as error:
             raise _no_answer() from error
 
+    def beginning(self, key: str, size: int, *, deadline: Deadline) -> tuple[bytes, int]:
+        """The first bytes of an object, and how many it has in all. Raises as read() does."""
+        from botocore.exceptions import BotoCoreError
+
+        answer = self._call("get_object", deadline, Key=key, Range=f"bytes=0-{size - 1}")
+        try:
+            with contextlib.closing(answer["Body"]) as body:
+                return body.read(size), int(answer["ContentRange"].rpartition("/")[2])
+        except BotoCoreError as error:
+            raise _no_answer() from error
+
     def delete(self, key: str, *, deadline: Deadline) -> None:
         """Remove the object; one that is not there is fine. Raises TransientError or PermanentError."""
         self._call("delete_object", deadline, Key=key)
@@ -146,6 +157,12 @@ class R2:
         url: str = self._s3().generate_presigned_url(
             "get_object", Params={"Bucket": self._bucket, "Key": key}, ExpiresIn=seconds
         )
+        return url
+
+    def presign_put(self, key: str, *, content_type: str, size: int, seconds: int) -> str:
+        """An address at which anybody may put an object of that type and size, for so long; R2 is not asked."""
+        params = {"Bucket": self._bucket, "Key": key, "ContentType": content_type, "ContentLength": size}
+        url: str = self._s3().generate_presigned_url("put_object", Params=params, ExpiresIn=seconds)
         return url
 
     def key_of(self, url: str) -> str | None:
@@ -288,9 +305,9 @@ def _failure(response: dict[str, Any]) -> ServiceError:
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     code = response.get("Error", {}).get("Code", "")
     if code == "NoSuchKey":
-        return TransientError(
-            "link_not_found", "The worker's link names an object that is not in R2.", service="result"
-        )
+        return TransientError("link_not_found", "The link names an object that is not in R2.", service="result")
+    if code == "InvalidRange":
+        return TransientError("r2_empty", "The object in R2 is empty.", service="r2")
     if code in ("404", "PreconditionFailed", "NoSuchUpload"):  # "404" is what a HEAD has, without a body
         return TransientError("r2_missing", f"What was to be read in R2 is not there now ({code}).", service="r2")
     if status in (401, 403, 404):

@@ -72,8 +72,9 @@ class _Kept:
 class Recent:
     """Answers of a moment ago, failures too. Of several who ask the same at once one reads, the others wait for it."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, *, seconds: float = KEPT_SECONDS) -> None:
         self._clock = clock
+        self._seconds = seconds
         self._kept: dict[Hashable, _Kept] = {}
         self._lock = threading.Lock()
 
@@ -99,11 +100,11 @@ class Recent:
             kept.answer.set_result(read())
         except BaseException as error:  # those who wait for it must not wait in vain
             kept.answer.set_exception(error)
-        kept.until = self._clock.monotonic() + KEPT_SECONDS
+        kept.until = self._clock.monotonic() + self._seconds
 
     def put(self, key: Hashable, answer: object) -> None:
         """Keep what was read for another."""
-        kept = _Kept(until=self._clock.monotonic() + KEPT_SECONDS)
+        kept = _Kept(until=self._clock.monotonic() + self._seconds)
         kept.answer.set_result(answer)
         with self._lock:
             self._make_room()
@@ -154,7 +155,7 @@ class Reads:
 
     def job_with_timeline_now(self, job_id: str, *, timeout: float) -> tuple[Job | None, list[Row]]:
         """The same, though it was read a moment ago."""
-        names = ["select_job", "select_timeline"]
+        names = ["select_seen_job", "select_timeline"]
         rows, timeline = self._d1.query([bind(name, {"id": job_id}) for name in names], timeout=timeout)
         return (Job.from_row(rows[0]) if rows else None), timeline[::-1]
 

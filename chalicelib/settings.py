@@ -1,5 +1,6 @@
 """The settings: environment variables, read in one place on first use, never at import."""
 
+import base64
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -71,6 +72,23 @@ def _secret(value: str) -> str:
     return value
 
 
+def _callback_secrets(value: str) -> tuple[str, ...]:
+    secrets = tuple(part.strip() for part in value.split(",") if part.strip())
+    for secret in secrets:
+        if not 24 <= len(_decoded(secret)) <= 64:
+            raise ValueError(
+                "whsec_ and 24 to 64 random bytes in base64, as `echo whsec_$(openssl rand -base64 32)` makes"
+            )
+    return secrets
+
+
+def _decoded(secret: str) -> bytes:
+    try:
+        return base64.b64decode(secret.removeprefix("whsec_"), validate=True) if secret.startswith("whsec_") else b""
+    except ValueError:
+        return b""
+
+
 def _name_or_empty(value: str) -> str:
     return value and _name(value)
 
@@ -124,7 +142,8 @@ class Settings:
         "`true` opens create and status to callers without a key, for the time of a move", _flag, default="false"
     )
     result_allowed_private_hosts: frozenset[str] = _setting(
-        "Comma-separated host:port that a worker's link may point to although private; for development",
+        "Comma-separated host:port that a link may lead to although private: a worker's, an image_url, a callback_url; "
+        "for development",
         _hosts,
         default="",
     )
@@ -161,6 +180,12 @@ class Settings:
     webhook_secret: str = _setting(
         "A secret of 16 characters or more for the addresses that RunPod is given; empty: none are given",
         _secret,
+        default="",
+        secret=True,
+    )
+    callback_secrets: tuple[str, ...] = _setting(
+        "Comma-separated secrets, whsec_ and base64, each of which signs every callback; empty: none can be asked for",
+        _callback_secrets,
         default="",
         secret=True,
     )

@@ -7,10 +7,11 @@ from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
-from chalicelib import deadlines, jobs, moves, outputs, results
+from chalicelib import deadlines, jobs, moves, outputs, progress, results
 from chalicelib.deadlines import Deadlines
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.jobs import Change, Job
+from chalicelib.models import Models
 from chalicelib.results import Results
 from chalicelib.retry import Attempts
 from chalicelib.runpod import Answer, Runpod, Verdict
@@ -23,6 +24,8 @@ CANCEL_TIMEOUT = 4.0  # seconds for /cancel
 SAVE_RESERVE = 2.0  # seconds of every deadline kept for the save
 
 UNKNOWN_ATTEMPTS = 3  # beyond MAX_ATTEMPTS, of which each may have been paid without our knowing it
+MIN_SIGNED = 60  # seconds that a link to a picture holds, though the job's time is nearly over
+
 MAX_HOLDS = 5  # claims of a result without a save, at which it is not tried any more
 
 NOT_INDEXED_YET = timedelta(seconds=150)  # RunPod may not find a run that is younger than this
@@ -44,6 +47,7 @@ class Steps:
     default_endpoint_id: str
     attempts: Attempts
     deadlines: Deadlines
+    models: Models
     webhooks: Webhooks
 
     @property
@@ -61,9 +65,9 @@ class Steps:
         try:
             run_id, status = self.runpod.run(
                 self._endpoint(job),
-                job.payload,
+                job.payload(lambda key: self._sign(key, job)),
                 webhook=self.webhooks.url(job.id, job.attempt),
-                policy=self.deadlines.policy(),
+                policy=self.deadlines.policy(job),
                 timeout=timeout,
             )
         except TransientError as error:
@@ -73,6 +77,11 @@ class Steps:
         except PermanentError as error:
             return moves.fail(job, error, now=self.clock.now())
         return moves.accept(job, runpod_job_id=run_id, runpod_status=status, now=self.clock.now())
+
+    def _sign(self, key: str, job: Job) -> str:
+        """Where the worker reads a picture of the job's input, for as long as the job may take."""
+        left = deadlines.seconds_left(job, self.clock.now())
+        return self.results.bucket.presign(key, seconds=min(max(left, MIN_SIGNED), deadlines.MAX_POLICY_SECONDS))
 
     def poll(self, job: Job, deadline: Deadline, *, lease: float) -> tuple[Change | None, Answer | None]:
         """
@@ -189,9 +198,13 @@ class Steps:
 
     def _stopped(self, job: Job, why: PermanentError | None, seen: dict[str, Any]) -> Change:
         """The end of a run that had to stop: its user's wish goes before a deadline."""
+        price = self._price(job)
         if job.cancel_at or why is None:
-            return moves.confirm_cancel(job, runpod=seen, now=self.clock.now())
-        return moves.fail(job, why, runpod=seen, now=self.clock.now())
+            return moves.confirm_cancel(job, runpod=seen, price=price, now=self.clock.now())
+        return moves.fail(job, why, runpod=seen, price=price, now=self.clock.now())
+
+    def _price(self, job: Job) -> float | None:
+        return self.models.get(job.model).price
 
     def _endpoint(self, job: Job) -> str:
         return job.endpoint_id or self.default_endpoint_id
@@ -204,20 +217,19 @@ class Steps:
         self, job: Job, answer: Answer, lease: float, why: PermanentError | None, *, told: bool
     ) -> Change | None:
         """The change for what RunPod says; `why` the run must stop, if it must, and whether RunPod was `told`."""
-        now = self.clock.now()
+        now, price = self.clock.now(), self._price(job)
         seen = {"runpod_status": answer.status, "queue_ms": answer.queue_ms, "execution_ms": answer.execution_ms}
         match answer.verdict:
             case Verdict.UNFINISHED if why and self._waited_enough(job, now, told=told):
                 return self._stopped(job, why, seen)
             case Verdict.UNFINISHED:
-                begun = answer.status != jobs.IN_QUEUE and job.started_at is None
-                return moves.observe(job, runpod=seen, now=now) if begun or answer.status != job.runpod_status else None
+                return self._observed(job, answer, seen)
             case Verdict.COMPLETED:
-                return moves.complete(
-                    job, lease_until=jobs.to_text(now + timedelta(seconds=lease)), runpod=seen, now=now
-                )
+                until = jobs.to_text(now + timedelta(seconds=lease))
+                return moves.complete(job, lease_until=until, runpod=seen, price=price, now=now)
             case Verdict.FAILED if EXECUTION_TIMEOUT.search(answer.error):
-                return moves.fail(job, deadlines.took_too_long(self.deadlines.run), runpod=seen, now=now)
+                error = deadlines.took_too_long(self.deadlines.of_run(job))
+                return moves.fail(job, error, runpod=seen, price=price, now=now)
             case Verdict.FAILED:
                 error = _said("worker_failed", "RunPod's worker failed", answer.error)
                 return self._again_or_failed(job, error, seen, output=outputs.excerpt(answer.output))
@@ -228,6 +240,7 @@ class Steps:
                     job,
                     _said("cancelled_outside", "The run was cancelled at RunPod, not here", ""),
                     runpod=seen,
+                    price=price,
                     now=now,
                 )
             case Verdict.TIMED_OUT:
@@ -235,6 +248,13 @@ class Steps:
                 return self._again_or_failed(job, error, seen)
             case Verdict.NOT_FOUND:
                 return self._missing(job, why)
+
+    def _observed(self, job: Job, answer: Answer, seen: dict[str, Any]) -> Change | None:
+        told = progress.read(answer.output) or job.progress
+        begun = answer.status != jobs.IN_QUEUE and job.started_at is None
+        if not begun and answer.status == job.runpod_status and told == job.progress:
+            return None
+        return moves.observe(job, runpod=seen, progress=told, now=self.clock.now())
 
     def _missing(self, job: Job, why: PermanentError | None) -> Change | None:
         if _age(job.submitted_at or job.updated_at, self.clock.now()) < NOT_INDEXED_YET:
@@ -246,10 +266,10 @@ class Steps:
 
     def _again_or_failed(self, job: Job, error: PermanentError, seen: dict[str, Any], *, output: str = "") -> Change:
         """One more attempt where the failure is worth one, and nobody wants the job to stop."""
-        now = self.clock.now()
+        now, price = self.clock.now(), self._price(job)
         if not job.cancel_at and self.attempts.allow(error.code, made=max(job.attempt, 1) - job.attempt_base):
-            return moves.rerun(job, error, runpod=seen, now=now)
-        return moves.fail(job, error, runpod=seen, output=output, now=now)
+            return moves.rerun(job, error, runpod=seen, price=price, now=now)
+        return moves.fail(job, error, runpod=seen, price=price, output=output, now=now)
 
     def _waited_enough(self, job: Job, now: datetime, *, told: bool) -> bool:
         """Whether a job ends whose run must stop and does not: RunPod heard of it long ago, or never will."""

@@ -8,10 +8,11 @@ from typing import Any
 
 from chalicelib.d1 import D1, Row
 from chalicelib.jobs import Change, Job, State, to_text
+from chalicelib.models import Models
 from chalicelib.queries import bind
 
 POLL_AGAIN = 12  # seconds; under the 15 s grid, so that every running job is looked at in each round
-SCHEMA_CHANGE = 4  # the last of the numbered changes to the schema that the queries need
+SCHEMA_CHANGE = 5  # the last of the numbered changes to the schema that the queries need
 LOW_AHEAD = 8  # runs that wait for a worker, from which on jobs of low priority wait here
 LOW_WAIT = timedelta(minutes=10)  # for which they do; then they are like any other
 NEWEST = ("9999", "")  # a cursor that comes before every row
@@ -57,12 +58,14 @@ class Store:
         self,
         *,
         d1: D1,
+        models: Models,
         default_endpoint_id: str,
         submit_unknown_wait: float,
         total_deadline: float,
         max_queued: int,
     ) -> None:
         self._d1 = d1
+        self._models = models
         self._endpoint_id = default_endpoint_id
         self._unknown_wait = timedelta(seconds=submit_unknown_wait)
         self._total_deadline = total_deadline
@@ -83,17 +86,19 @@ class Store:
             step=State.SUBMITTING,
             attempt=1,
             intent_version=job.version,
-            endpoint_id=intent["endpoint_id"],
+            endpoint_id=self._models.get(job.model).endpoint or self._endpoint_id,
             due_at=intent["unknown_at"],
         )
 
-    def create(self, jobs: list[Job], *, by: str, nonce: str, timeout: float) -> list[Job]:
+    def create(self, jobs: list[Job], *, by: str, nonce: str, timeout: float) -> tuple[list[Job], set[str]]:
         """
         Insert all of the jobs, or none; a repeat after a lost answer does nothing more.
 
         Returns what is there by then, with id and request_hash: the jobs, or those that were made under the same
-        idempotency key before; nothing, where the queue has no room for them.
+        idempotency key before; nothing, where the queue has no room for them or a picture of theirs is gone. Second
+        come the keys of such pictures.
         """
+        uploads = {picture["key"] for job in jobs for picture in job.own_pictures}
         values = {
             "rows": json.dumps([asdict(job) for job in jobs], ensure_ascii=False),
             "ids": json.dumps([job.id for job in jobs]),
@@ -101,9 +106,11 @@ class Store:
             "max_queued": self.max_queued,
             "by": by,
             "nonce": nonce,
+            "uploads": json.dumps(sorted(uploads)),
         }
-        names = ["create_jobs", "log_created", "file_metadata", "select_created"]
-        return [Job.from_row(row) for row in self._run(names, values, timeout=timeout)[-1]]
+        names = ["create_jobs", "log_created", "file_metadata", "use_uploads", "keep_uploads", "select_uploads"]
+        *_, usable, there = self._run([*names, "select_created"], values, timeout=timeout)
+        return [Job.from_row(row) for row in there], uploads - {row["key"] for row in usable}
 
     def claim(
         self, *, nonce: str, now: datetime, limits: Limits, lease: float, ignore_due: bool, timeout: float
@@ -133,6 +140,7 @@ class Store:
             "expire_submits_event",
             "expire_submits",
             "cancel_waiting_event",
+            "tell_of_waiting",
             "cancel_waiting",
         ]
         statements = [bind(name, values) for name in names]
@@ -188,13 +196,15 @@ class Store:
     def _intent(self, now: datetime) -> dict[str, Any]:
         return {
             "endpoint_id": self._endpoint_id,
+            "endpoints": json.dumps(self._models.endpoints),
             "unknown_at": to_text(now + self._unknown_wait),
             "deadline_at": self.deadline_at(now),
         }
 
-    def deadline_at(self, now: datetime, deadline: int | None = None) -> str:
-        """By when a job must have been drawn that begins now, with a deadline of its own in seconds or without."""
-        return to_text(now + timedelta(seconds=self._total_deadline if deadline is None else deadline))
+    def deadline_at(self, now: datetime, *, model: str = "", deadline: int | None = None) -> str:
+        """By when a job must have been drawn that begins now: by its own deadline in seconds, or its model's."""
+        seconds = deadline or self._models.get(model).total or self._total_deadline
+        return to_text(now + timedelta(seconds=seconds))
 
     def cancel(self, ids: list[str], *, by: str, nonce: str, now: datetime, timeout: float) -> list[Job]:
         """
@@ -206,6 +216,7 @@ class Store:
             "adopt_old_rows",
             "cancel_jobs",
             "log_cancelled",
+            "tell_of_cancelled",
             "ask_to_cancel",
             "log_asked_to_cancel",
             "select_jobs",
@@ -234,7 +245,8 @@ class Store:
     def delete(self, ids: list[str], *, by: str, now: datetime, timeout: float) -> None:
         """Remove those of the rows that are marked, and what hangs on them; one line of each timeline stays."""
         values = {"ids": json.dumps(ids), "by": by, "now": to_text(now)}
-        self._run(["forget_metadata", "forget_timeline", "log_deleted", "delete_jobs"], values, timeout=timeout)
+        names = ["forget_metadata", "forget_timeline", "forget_deliveries", "forget_uploads", "free_uploads"]
+        self._run([*names, "log_deleted", "delete_jobs"], values, timeout=timeout)
 
     def save(self, changes: list[Change], *, nonce: str, now: datetime, timeout: float) -> dict[str, int]:
         """
@@ -261,7 +273,9 @@ class Store:
             "lines": json.dumps(lines, ensure_ascii=False),
         }
         winners = self._run(
-            ["record_accepted", "save_changes", "reopen", "log_saved", "select_winners"], values, timeout=timeout
+            ["record_accepted", "save_changes", "reopen", "log_saved", "tell_of_saved", "select_winners"],
+            values,
+            timeout=timeout,
         )[-1]
         return {row["id"]: row["version"] for row in winners}
 
@@ -297,7 +311,8 @@ class Store:
 # What save_changes, reopen and record_accepted read of a job; what its caller said is never written again.
 NEVER_SAVED = (
     "prompt", "input", "model", "metadata", "priority", "deadline", "idempotency_key", "idempotency_n", "request_hash",
-    "endpoint_id", "created_at", "updated_at", "deleted_at",
+    "endpoint_id", "created_at", "updated_at", "deleted_at", "pictures", "callback_url",
+    "ahead",
 )  # fmt: skip
 SAVED = tuple(column.name for column in fields(Job) if column.name not in NEVER_SAVED)
 

@@ -84,7 +84,8 @@ class Verbs:
 
     def _retried(self, job: Job, *, by: str) -> Change:
         now = self.clock.now()
-        return moves.retry_job(job, by=by, deadline_at=self.store.deadline_at(now, job.deadline), now=now)
+        deadline_at = self.store.deadline_at(now, model=job.model, deadline=job.deadline)
+        return moves.retry_job(job, by=by, deadline_at=deadline_at, now=now)
 
     def redrive(self, job_id: str, deadline: Deadline, *, by: str) -> Job:
         """

@@ -7,7 +7,9 @@ from typing import Any
 from chalicelib import attempts
 from chalicelib.d1 import Row
 from chalicelib.jobs import Job, State, to_text
+from chalicelib.models import Model
 from chalicelib.r2 import R2
+from chalicelib.reasons import Reasons
 from chalicelib.runtime import Clock
 
 PRESIGNED_FOR = timedelta(hours=1)  # that a link to a file of a private bucket holds when it is made
@@ -20,8 +22,9 @@ View = dict[str, Any]
 class Views:
     """Jobs as answers show them; what lies in a private bucket is linked for a while."""
 
-    def __init__(self, *, bucket: R2, clock: Clock) -> None:
+    def __init__(self, *, bucket: R2, reasons: Reasons, clock: Clock) -> None:
         self._bucket = bucket
+        self._reasons = reasons
         self._clock = clock
         self._signed: dict[str, tuple[str, datetime]] = {}
 
@@ -60,7 +63,48 @@ class Views:
             "priority": job.priority,
             "deadline": job.deadline,
             "deleted_at": job.deleted_at,
+            "waiting": self._reasons.of(job),
+            "progress": json.loads(job.progress) if job.progress else None,
+            "cost": _cost(job),
+            "pictures": [self._picture(picture["key"]) for picture in job.own_pictures],
+            "callback_url": job.callback_url,
         }
+
+    def model(self, model: Model) -> View:
+        """A model with what a request must give for it."""
+        return {
+            "model": model.name,
+            "about": model.about,
+            "usual_seconds": model.usual_seconds,
+            "price_per_second": model.price,
+            "deadlines": {"start": model.start, "run": model.run, "total": model.total},
+            "pictures": len(model.pictures),
+            "slots": model.schema,
+        }
+
+    def delivery(self, row: Row) -> View:
+        """One end of a job that was to be told, with its last tries."""
+        return {
+            "n": row["n"],
+            "type": row["type"],
+            "url": row["url"],
+            "status": row["status"],
+            "tries": row["tries"],
+            "created_at": row["created_at"],
+            "next_at": row["due_at"],
+            "log": json.loads(row["log"]),
+        }
+
+    def _picture(self, key: str) -> View:
+        return {"key": key, "url": self._url(None, key)}
+
+    def told(self, data: View) -> View:
+        """A job as a callback tells of it, from what its outbox has."""
+        job = Job.from_row({**data, "outputs": json.dumps(data["outputs"])})
+        files = [{**file, "url": self._url(file["url"], file["key"])} for file in job.files]
+        url = self._url(data["result_url"], data["result_r2_key"])
+        rest = {name: value for name, value in data.items() if name not in ("cost", "wasted", "uncosted")}
+        return {**rest, "outputs": files, "result_url": url, "cost": _cost(job)}
 
     def whole(self, job: Job, timeline: list[Row]) -> View:
         """A job with what happened to it and the runs that were begun for it."""
@@ -113,5 +157,11 @@ class Views:
     def _expiry(self, job: Job) -> str | None:
         """When the first of the URLs in this answer ends; None where they last."""
         urls = [(job.result_url, job.result_r2_key), *((file["url"], file["key"]) for file in job.files)]
+        urls += [(None, picture["key"]) for picture in job.own_pictures]
         ends = [self._sign(key)[1] for url, key in urls if not url and key and not self._bucket.public_url(key)]
         return to_text(min(ends)) if ends else None
+
+
+def _cost(job: Job) -> View:
+    """US dollars, null where nothing is known; attempts of which it is not known are counted beside."""
+    return {"usd": job.cost, "wasted_usd": job.wasted, "unknown_attempts": job.uncosted}

@@ -32,9 +32,10 @@ MAX_RETRY_AFTER = 900.0  # seconds; Cloudflare's lock-out is 300, and a nonsensi
 NAMES = {
     "d1": "D1",
     "runpod": "RunPod",
-    "result": "The host of the worker's link",
+    "result": "The host of the link",
     "public": "The bucket's public address",
     "webhook": "The address for RunPod's callbacks",
+    "callback": "The callback's receiver",
 }
 
 

@@ -7,6 +7,7 @@ checkout and are there again at the next start. Ctrl-C stops everything.
 """
 
 import argparse
+import base64
 import fcntl
 import hashlib
 import os
@@ -25,7 +26,7 @@ from tools import Problem, processes
 
 READY_SECONDS = 30.0
 CLOUDS = {"runpod": ("RUNPOD_",), "d1": ("CLOUDFLARE_", "D1_"), "r2": ("R2_",)}
-FOR_CHALICE = ("RUNPOD_", "CLOUDFLARE_", "D1_", "R2_", "RESULT_", "PUBLIC_", "WEBHOOK_")  # settings of the local cloud
+FOR_CHALICE = ("RUNPOD_", "CLOUDFLARE_", "D1_", "R2_", "RESULT_", "PUBLIC_", "WEBHOOK_", "CALLBACK_")  # settings of the local cloud
 EXAMPLE_PROMPT = "แมวสีส้มนั่งบนดวงจันทร์ - an orange cat on the moon"
 
 
@@ -103,7 +104,7 @@ def start(options: argparse.Namespace, children: dict[str, subprocess.Popen[byte
                 f"--port and --cloud-port are both {options.port}; the API and the local cloud need one each."
             )
         children["local cloud"] = processes.spawn(
-            "tools.cloud", str(options.cloud_port), str(folder / "cloud"), env=env
+            "tools.cloud", str(options.cloud_port), str(folder / "cloud"), *_endpoints(), env=env
         )
         _wait_for(f"http://127.0.0.1:{options.cloud_port}/", children)
         _apply_schema(env, real="d1" in options.real)
@@ -113,9 +114,16 @@ def start(options: argparse.Namespace, children: dict[str, subprocess.Popen[byte
         children["API"] = processes.spawn("tools.local_api", str(options.port), env=env)
         _wait_for(f"http://127.0.0.1:{options.port}/health", children)
         children["schedule"] = processes.spawn("tools.schedule", env=env)
-        _say_what_to_try(folder, options)
+        _say_what_to_try(folder, env, options)
     except ServiceError as error:
         raise Problem(error.sentence) from error
+
+
+def _endpoints() -> list[str]:
+    """The endpoints that models.json names, which the local RunPod is to have, too."""
+    from chalicelib import catalogue
+
+    return sorted(set(catalogue.load().endpoints.values()))
 
 
 def _data_folder(given: Path | None) -> Path:
@@ -166,6 +174,10 @@ def _environment(options: argparse.Namespace, folder: Path) -> dict[str, str]:
     if "runpod" not in options.real:
         local["PUBLIC_BASE_URL"] = f"http://127.0.0.1:{options.port}"
         local["WEBHOOK_SECRET"] = hashlib.sha256(f"webhook {_api_key(folder)}".encode()).hexdigest()
+    local.setdefault("RESULT_ALLOWED_PRIVATE_HOSTS", "")
+    hosts = [local["RESULT_ALLOWED_PRIVATE_HOSTS"], given.get("RESULT_ALLOWED_PRIVATE_HOSTS", "")]
+    local["RESULT_ALLOWED_PRIVATE_HOSTS"] = ",".join(filter(None, hosts))
+    local["CALLBACK_SECRETS"] = given.get("CALLBACK_SECRETS") or _callback_secret(folder)
     hashes = given.get("API_KEY_HASHES", "")
     own = ApiKey(name="local", hash=hash_of(_api_key(folder)), right=Right.ADMIN)
     env = {
@@ -176,6 +188,11 @@ def _environment(options: argparse.Namespace, folder: Path) -> dict[str, str]:
     }
     settings.load(env)  # one sentence now rather than an error at the first request
     return env
+
+
+def _callback_secret(folder: Path) -> str:
+    """What callbacks are signed with, the same for as long as the folder has its key."""
+    return f"whsec_{base64.b64encode(hashlib.sha256(f'callback {_api_key(folder)}'.encode()).digest()).decode()}"
 
 
 def _api_key(folder: Path) -> str:
@@ -244,8 +261,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _say_what_to_try(folder: Path, options: argparse.Namespace) -> None:
-    api, key = f"http://127.0.0.1:{options.port}", _api_key(folder)
+def _say_what_to_try(folder: Path, env: dict[str, str], options: argparse.Namespace) -> None:
+    api, key, secret = f"http://127.0.0.1:{options.port}", _api_key(folder), env["CALLBACK_SECRETS"]
     real = (
         f"real {', '.join(options.real)}; the rest local" if options.real else "nothing outside this machine is called"
     )
@@ -255,6 +272,7 @@ OB AI Studio is running ({real}).
 
   URL       {api}  (alive: {api}/health)
   API key   {key}
+  Secret    {secret}  (signs callbacks)
   Data      {folder}
 
 Try it; the picture is done in a few seconds, without any further command:

@@ -153,10 +153,14 @@ def test_a_store_that_comes_further_forgets_its_failures(job_factory):
     assert moves.keep(job, [], links=[None], problems=None).failures == 3
 
 
+def sign(key):
+    return f"https://r2.example/{key}?X-Amz-Signature=1"
+
+
 def test_the_default_payload_is_prompt_model_and_job_id():
     job = jobs.new(job_id="job-1", prompt="แมว", model="qwen-image", payload=None, now=NOW)
 
-    assert job.payload == {"prompt": "แมว", "model": "qwen-image", "jobId": "job-1"}
+    assert job.payload(sign) == {"prompt": "แมว", "model": "qwen-image", "jobId": "job-1"}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,7 @@ def test_the_default_payload_is_prompt_model_and_job_id():
 def test_an_own_input_is_sent_unchanged_but_for_a_missing_prompt(given, prompt, sent):
     job = jobs.new(job_id="job-1", prompt=prompt, model="m", payload=jobs.payload_from(given, prompt), now=NOW)
 
-    assert job.payload == sent
+    assert job.payload(sign) == sent
     assert json.loads(job.input) == sent
 
 

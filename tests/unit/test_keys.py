@@ -21,6 +21,8 @@ RIGHTS = {
     ("GET", "/openapi.json"): None,
     ("POST", "/webhooks/runpod/{job_id}/{attempt}/{token}"): None,
     ("GET", "/api/health"): Right.READ,
+    ("GET", "/api/models"): Right.READ,
+    ("POST", "/api/uploads"): Right.WRITE,
     ("POST", "/api/queue/create"): Right.WRITE,
     ("GET", "/api/queue/status"): Right.READ,
     ("GET", "/api/queue/status/{job_id}"): Right.READ,
@@ -31,6 +33,9 @@ RIGHTS = {
     ("POST", "/api/jobs/{job_id}/cancel"): Right.WRITE,
     ("POST", "/api/jobs/{job_id}/retry"): Right.WRITE,
     ("POST", "/api/jobs/{job_id}/redrive"): Right.WRITE,
+    ("GET", "/api/jobs/{job_id}/deliveries"): Right.READ,
+    ("POST", "/api/jobs/{job_id}/deliveries/{n}/replay"): Right.WRITE,
+    ("GET", "/api/stats"): Right.READ,
     ("GET", "/api/dead-letters"): Right.READ,
     ("POST", "/api/dead-letters/redrive"): Right.ADMIN,
     ("POST", "/dev/runpod"): Right.ADMIN,
@@ -56,7 +61,7 @@ def bearer(key):
 
 
 def ask(client, method, path, auth):
-    path = path.replace("{job_id}", "x").replace("{attempt}", "1").replace("{token}", "t")
+    path = path.replace("{job_id}", "x").replace("{attempt}", "1").replace("{token}", "t").replace("{n}", "1")
     return call(client, method, f"{path}?id=x" if path.endswith("/status") else path, {"prompt": "a"}, auth=auth)
 
 

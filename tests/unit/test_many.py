@@ -581,6 +581,7 @@ def test_a_job_has_its_one_attempt(client, bench):
         "ended_at": "2026-01-31T23:59:15.000Z",
         "queue_ms": bench.job(job_id).queue_ms,
         "execution_ms": bench.job(job_id).execution_ms,
+        "cost": None,
         "error_code": None,
         "error": None,
     }

@@ -8,6 +8,7 @@ import requests
 from chalicelib import bootstrap, jobs, media, moves, settings
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.jobs import State
+from chalicelib.rounds import Report
 from chalicelib.store import Limits
 from tests.conftest import BUCKET
 from tools.cloud.render import draw
@@ -897,7 +898,7 @@ def starts(bench, lengths, monkeypatch):
     def run_round(deadline, **_):
         begun.append(bench.clock.elapsed - at)
         bench.clock.advance(next(remaining))
-        return "report"
+        return Report()
 
     monkeypatch.setattr(bench.service.pipeline, "run_round", run_round)
     bench.service.pipeline.run_minute(bench.deadline(57.5))
@@ -930,7 +931,12 @@ def test_there_is_no_sleep_after_the_fourth_round(bench, monkeypatch):
 
 def test_a_late_start_runs_only_what_fits(bench, monkeypatch):
     begun = []
-    monkeypatch.setattr(bench.service.pipeline, "run_round", lambda deadline: begun.append(bench.clock.elapsed))
+
+    def run_round(deadline):
+        begun.append(bench.clock.elapsed)
+        return Report()
+
+    monkeypatch.setattr(bench.service.pipeline, "run_round", run_round)
 
     bench.service.pipeline.run_minute(bench.deadline(27.0))
 
@@ -943,7 +949,7 @@ def test_the_first_round_runs_however_little_time_there_is(bench):
 
 @pytest.mark.parametrize("error", [TransientError("d1_rate_limited", "locked out"), RuntimeError("a bug")])
 def test_a_round_that_fails_does_not_stop_the_next(bench, monkeypatch, error):
-    outcomes = iter([error, "report", error, "report"])
+    outcomes = iter([error, Report(checked=1), error, Report(checked=2)])
 
     def run_round(deadline):
         outcome = next(outcomes)
@@ -953,7 +959,7 @@ def test_a_round_that_fails_does_not_stop_the_next(bench, monkeypatch, error):
 
     monkeypatch.setattr(bench.service.pipeline, "run_round", run_round)
 
-    assert bench.service.pipeline.run_minute(bench.deadline()) == ["report", "report"]
+    assert bench.service.pipeline.run_minute(bench.deadline()) == [Report(checked=1), Report(checked=2)]
 
 
 def test_a_round_ends_with_all_its_threads(bench):

@@ -7,6 +7,7 @@ import pytest
 
 from chalicelib import jobs, moves
 from chalicelib.jobs import State
+from chalicelib.models import Models
 from chalicelib.store import Limits, Store
 
 
@@ -18,7 +19,12 @@ def d1_engine(each_d1_engine):
 @pytest.fixture
 def store(d1):
     return Store(
-        d1=d1, default_endpoint_id="endpoint-1", submit_unknown_wait=600, total_deadline=86_400, max_queued=10_000
+        d1=d1,
+        models=Models({}),
+        default_endpoint_id="endpoint-1",
+        submit_unknown_wait=600,
+        total_deadline=86_400,
+        max_queued=10_000,
     )
 
 
@@ -94,7 +100,7 @@ def new(number, clock, **columns):
 def create(store, made, nonce="n1", **under):
     key = under.get("key")
     made = jobs.under_key(made, key, under.get("body", "hash")) if key else made
-    return [job.id for job in store.create(made, by="me", nonce=nonce, timeout=5.0)]
+    return [job.id for job in store.create(made, by="me", nonce=nonce, timeout=5.0)[0]]
 
 
 def test_a_key_is_taken_by_the_first_insert_alone(store, clock, table):
