@@ -34,6 +34,7 @@ LATER = "Look at the provider's status page, and try again."
 ERRORS = {
     "setting_missing": "Put it into .env.local, or into the stage's file and deploy again.",
     "setting_malformed": "Correct the value.",
+    "models_malformed": "Correct chalicelib/models.json where the sentence says, and deploy.",
     "ssm_refused": "Let whoever runs this read it (ssm:GetParameters), in the account and the region of AWS_REGION.",
     "ssm_not_asked": "Set AWS_REGION, and AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; where a session "
     "is over, log in anew (`aws sso login`).",
@@ -119,6 +120,7 @@ WARNINGS = {
     "d1_few_calls": "Something uses up Cloudflare's 1,200 calls in five minutes; over them the account is locked out.",
     "d1_newer_schema": "Deploy the code that the database was made for; this code is older.",
     "d1_drift": "Run `python -m tools.schema --check` with the same --env, which says what differs.",
+    "r2_no_cors": "Set the bucket's CORS policy to r2-cors.json, in its settings; until then only pages cannot upload.",
     "r2_not_deleted": "Remove it by hand; it does no harm.",
     "workers_scaled_to_zero": "Nothing, if the first job may wait for a worker to start; else set active workers to 1.",
     "workers_starting": "Wait; if it stays so, look at a worker's log in RunPod.",

@@ -67,6 +67,7 @@ class Health:
     def _checks(self) -> dict[str, Callable[[Deadline], list[Finding]]]:
         return {
             "settings": lambda deadline: advice.of_settings(self.settings),
+            "models": self._look_at_models,
             "keys": lambda deadline: advice.of_keys(self.settings),
             "d1": self._look_at_d1,
             "r2": self._look_at_r2,
@@ -84,6 +85,11 @@ class Health:
             return name, [from_error(name, error)]
         except Exception as error:  # a bug of the doctor must not hide what else it has found
             return name, [Finding(name, f"This could not be looked at: {error!r}", "internal_error")]
+
+    def _look_at_models(self, deadline: Deadline) -> list[Finding]:
+        self.models.check()
+        named = f"{', '.join(self.models.known) or 'none'}; any other is {self.models.unknown}"
+        return [Finding("models", f"models.json is right: {named}.")]
 
     def _look_at_d1(self, deadline: Deadline) -> list[Finding]:
         there = self.store.tables(timeout=deadline.cap(ONE_CALL))
@@ -142,7 +148,25 @@ class Health:
         if not same:
             return [Finding("r2", "The bucket gave back other bytes than were put.", "r2_mismatch")]
         found = Finding("r2", "It takes a file with its checksum, and gives it back.")
-        return [found, self._look_at_address(key, text, deadline)]
+        return [found, self._look_at_cors(key, deadline), self._look_at_address(key, text, deadline)]
+
+    def _look_at_cors(self, key: str, deadline: Deadline) -> Finding:
+        """Whether a browser may put a picture there: what it asks before it does (a preflight)."""
+        asked = {
+            "Origin": "https://page.example",
+            "Access-Control-Request-Method": "PUT",
+            "Access-Control-Request-Headers": "content-type",
+        }
+        url = f"{self.settings.r2_endpoint}/{self.settings.r2_bucket}/{key}"
+        try:
+            reply = self.wire.exchange(
+                "r2", "OPTIONS", url, headers=asked, timeout=deadline.cap(ONE_CALL), max_bytes=MAX_ANSWER_BYTES
+            )
+        except ServiceError as error:
+            return from_error("r2", error)
+        if reply.status < 300 and reply.headers.get("Access-Control-Allow-Origin"):
+            return Finding("r2", "Pages may put pictures there.")
+        return Finding("r2", f"Pages may not put pictures there: a preflight is answered {reply.status}.", "r2_no_cors")
 
     def _look_at_address(self, key: str, text: bytes, deadline: Deadline) -> Finding:
         """Whether the address that a result would have serves what was put."""
@@ -178,8 +202,18 @@ class Health:
         return [Finding("spool", "It takes a file, and has it then.")]
 
     def _look_at_runpod(self, deadline: Deadline) -> list[Finding]:
-        workers, jobs = self.runpod.health(self.settings.runpod_endpoint_id, timeout=deadline.cap(ONE_CALL))
-        return [_workers(workers, jobs.get("inQueue", 0))]
+        found = [self._look_at_endpoint(self.settings.runpod_endpoint_id, "", deadline)]
+        for model, endpoint in self.models.endpoints.items():
+            found.append(self._look_at_endpoint(endpoint, f"{model}: ", deadline))
+        return found
+
+    def _look_at_endpoint(self, endpoint: str, before: str, deadline: Deadline) -> Finding:
+        try:
+            workers, jobs = self.runpod.health(endpoint, timeout=deadline.cap(ONE_CALL))
+        except ServiceError as error:
+            return Finding("runpod", f"{before}{error.sentence}", error.code)
+        found = _workers(workers, jobs.get("inQueue", 0))
+        return Finding("runpod", f"{before}{found.sentence}", found.code)
 
     def _look_at_webhook(self, deadline: Deadline) -> list[Finding]:
         """Call the deployed service as RunPod would, of a job that there is not."""

@@ -117,6 +117,11 @@ class Models:
             )
         return self.get(name)
 
+    @property
+    def unknown(self) -> str:
+        """What happens to a job of a model that is not known."""
+        return "refused" if self.refuse_unknown else "sent to RUNPOD_ENDPOINT_ID"
+
     @cached_property
     def endpoints(self) -> dict[str, str]:
         """The endpoint of each model that has one of its own."""

@@ -17,6 +17,7 @@ from chalicelib.fetch import Fetch
 from chalicelib.jobs import to_text
 from chalicelib.queries import bind
 from chalicelib.r2 import R2
+from chalicelib.results import UPLOADED
 from chalicelib.runtime import Clock, Crew, Deadline
 
 MAX_BYTES = 20_000_000  # of one picture
@@ -26,7 +27,7 @@ FETCH_TIMEOUT = 8.0  # seconds for a picture behind a link
 D1_TIMEOUT = 8.0  # seconds
 THREADS = 8  # that look at pictures, or remove them, side by side
 SWEPT_AT_ONCE = 100
-PREFIX = "uploads/"
+PREFIX = UPLOADED
 TYPES = tuple(sorted({kind for _, kind in media.KINDS.values() if kind.startswith("image/")}))
 
 

@@ -31,6 +31,7 @@ MAX_RETRY_AFTER = 900.0  # seconds; Cloudflare's lock-out is 300, and a nonsensi
 # In sentences.
 NAMES = {
     "d1": "D1",
+    "r2": "R2",
     "runpod": "RunPod",
     "result": "The host of the link",
     "public": "The bucket's public address",

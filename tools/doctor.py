@@ -57,7 +57,12 @@ def look(values: Mapping[str, str], *, key: str = "", clock: Clock | None = None
         if any(re.match(needed, name) for name in wrong)
     }
     clock = clock or Clock()
-    service = bootstrap.build(config, clock)
+    try:
+        service = bootstrap.build(config, clock)
+    except ServiceError as error:
+        yield from_error("models", error)
+        yield Finding("models", "Nothing else was looked at.", "left_out")
+        return
     leave_out = frozenset(impossible) | (frozenset(["settings"]) if wrong else frozenset())
     found = service.health.look(Deadline(clock, LOOK_SECONDS), leave_out=leave_out)
     yield from (finding for finding in found if finding.check in ("settings", "keys"))

@@ -26,7 +26,16 @@ from tools import Problem, processes
 
 READY_SECONDS = 30.0
 CLOUDS = {"runpod": ("RUNPOD_",), "d1": ("CLOUDFLARE_", "D1_"), "r2": ("R2_",)}
-FOR_CHALICE = ("RUNPOD_", "CLOUDFLARE_", "D1_", "R2_", "RESULT_", "PUBLIC_", "WEBHOOK_", "CALLBACK_")  # settings of the local cloud
+FOR_CHALICE = (
+    "RUNPOD_",
+    "CLOUDFLARE_",
+    "D1_",
+    "R2_",
+    "RESULT_",
+    "PUBLIC_",
+    "WEBHOOK_",
+    "CALLBACK_",
+)  # settings of the local cloud
 EXAMPLE_PROMPT = "แมวสีส้มนั่งบนดวงจันทร์ - an orange cat on the moon"
 
 
