@@ -8,11 +8,18 @@ import pytest
 from chalicelib import bootstrap
 from chalicelib.errors import TransientError
 from chalicelib.r2 import R2
-from tests.conftest import Bench, call
+from tests.conftest import BUCKET, Bench, call
+from tools.cloud.render import draw
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 FAILED = {"run_seconds": 1, "status": "FAILED", "error": "out of memory"}
 LONG = {"run_seconds": 900}
+HOOK, PICTURE = "https://shop.example/hooks", "https://pictures.example/garden.png"
+
+
+@pytest.fixture
+def environment(environment):
+    return {**environment, "CALLBACK_SECRETS": "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3"}
 
 
 @pytest.fixture
@@ -39,6 +46,12 @@ def dead(bench, monkeypatch, number):
     return ids
 
 
+def offered(client, bench):
+    key = call(client, "POST", "/api/uploads", {"content_type": "image/png", "bytes": 100})[1]["key"]
+    bench.s3.put_object(Bucket=BUCKET, Key=key, Body=draw("a garden"))
+    return key
+
+
 def measure(client, bench, monkeypatch):
     """Each row of the table: what is asked, and how many calls it took."""
 
@@ -55,6 +68,11 @@ def measure(client, bench, monkeypatch):
     many = {"jobs": [{"prompt": f"cat {n}"} for n in range(100)]}
     yield "create, one job", calls("POST", "/api/queue/create", {"prompt": "a cat"})
     yield "create, 100 jobs", calls("POST", "/api/queue/create", many)
+    edit = {"model": "qwen-image-edit", "prompt": "snow", "callback_url": HOOK}
+    key = offered(client, bench)
+    yield "create, with an uploaded picture", calls("POST", "/api/queue/create", {**edit, "image_key": key})
+    yield "create, with a picture behind a link", calls("POST", "/api/queue/create", {**edit, "image_url": PICTURE})
+    yield "a place for a picture", calls("POST", "/api/uploads", {"content_type": "image/png", "bytes": 100})
     bench.round()
     (job_id,) = made(bench)
     yield "status", calls("GET", f"/api/queue/status/{job_id}")
@@ -62,6 +80,11 @@ def measure(client, bench, monkeypatch):
     yield "one job", calls("GET", f"/api/jobs/{job_id}")
     (running,) = made(bench, simulate=LONG)
     yield "one job, held for 20 s", calls("GET", f"/api/jobs/{running}", Prefer="wait=20")
+    told = next(job.id for job in bench.jobs() if job.callback_url and job.finished_at)
+    yield "deliveries", calls("GET", f"/api/jobs/{told}/deliveries")
+    yield "replay", calls("POST", f"/api/jobs/{told}/deliveries/1/replay")
+    yield "figures", calls("GET", "/api/stats")
+    yield "models", calls("GET", "/api/models")
     yield "delete", calls("DELETE", f"/api/jobs/{job_id}")
     yield "delete, 50 jobs", bulk("delete")
     bench.faults.add(r"POST .*/run$", (429, "", {"Retry-After": "3600"}))
@@ -80,7 +103,9 @@ def measure(client, bench, monkeypatch):
     yield "redrive, 4 jobs", bulk("redrive")
 
 
-def test_readme_says_what_each_route_costs(client, bench, monkeypatch):
+def test_readme_says_what_each_route_costs(client, bench, monkeypatch, wire):
+    wire.add("POST", HOOK, status=204)
+    wire.add("GET", PICTURE, body=draw("a garden"))
     table = README.split("### What a request costs")[1].split("\n###")[0]
     shown = [(what, int(calls)) for what, calls in re.findall(r"^\| (.+?) \| (\d+) \|$", table, flags=re.MULTILINE)]
 
