@@ -68,9 +68,7 @@ def _write(level: int, message: str, *, exc_info: bool = False, **fields: Any) -
 
 
 def saved(change: Change) -> None:
-    """A job has made a move, and it is in the table; how far its run is would be a line for every poll."""
-    if change.event == "progress":
-        return
+    """A job has made a move, and it is in the table."""
     _write(
         logging.INFO,
         change.event,

@@ -35,6 +35,8 @@ SAFE_FOR = timedelta(days=1)  # that a result is tried which lies in the spool o
 # After these moves nothing is left of what was paid so far.
 WITHOUT_RESULT = frozenset({"rerun", "fail", "confirm_cancel", "retry"})
 
+PROGRESS = "progress"  # the event of a change that is no move
+
 MAX_WARNINGS = 10  # of a result
 MAX_LINKS_CHARS = 100_000  # of the links of one result that are kept
 MAX_ERROR_CHARS = 2_000  # of error_message; a worker's traceback would fill the list that a page loads
@@ -120,19 +122,23 @@ def return_unsent(job: Job, *, now: datetime) -> Change:
 
 
 def observe(job: Job, *, runpod: Mapping[str, Any], progress: str | None = None, now: datetime) -> Change:
-    """RunPod says something new of an unfinished run, such as that a worker has begun, or only how far it is."""
+    """RunPod says something new of an unfinished run, such as that a worker has begun."""
     begun = runpod["runpod_status"] != IN_QUEUE
-    only_further = runpod["runpod_status"] == job.runpod_status and (job.started_at is not None or not begun)
     return _move(
         job,
         "observe",
-        event="progress" if only_further else "observed",
+        event="observed",
         progress=progress,
         detail={"runpod_status": runpod["runpod_status"]},
         now=now,
         started_at=job.started_at or (to_text(now) if begun else None),
         **runpod,
     )
+
+
+def go_further(job: Job, *, progress: str) -> Change:
+    """How far its run is, which is no move: neither the version nor the timeline knows of it."""
+    return Change(job=replace(job, progress=progress), before=job, event=PROGRESS)
 
 
 def complete(

@@ -333,6 +333,15 @@ WHERE jobs.id = json_extract(row.value, '$.id')
   AND jobs.step IN ('submit', 'submitting')
 
 
+-- name: record_progress
+-- How far the run of an attempt is; no move, so that whoever makes one meanwhile is not in its way.
+UPDATE jobs
+SET progress = json_extract(row.value, '$.progress')
+FROM json_each(:further) AS row
+WHERE jobs.id = json_extract(row.value, '$.id') AND jobs.step = 'poll'
+  AND jobs.runpod_job_id = json_extract(row.value, '$.runpod_job_id')
+
+
 -- name: save_changes
 -- Any other move, if the row is still as it was read. A save ends every claim on the row, so that a claim whose answer
 -- was lost cannot find it again at a later step; cancel_at is the user's and is not touched.
@@ -549,7 +558,6 @@ SELECT jobs.id, jobs.version, json_extract(line.value, '$.n'), :now, json_extrac
 FROM json_each(:lines) AS line
 JOIN jobs ON jobs.id = json_extract(line.value, '$.id')
 WHERE jobs.writer = :nonce AND jobs.version = coalesce(json_extract(line.value, '$.version'), jobs.version)
-  AND json_extract(line.value, '$.event') <> 'progress'
 ON CONFLICT DO NOTHING
 
 

@@ -252,8 +252,8 @@ class Steps:
     def _observed(self, job: Job, answer: Answer, seen: dict[str, Any]) -> Change | None:
         told = progress.read(answer.output) or job.progress
         begun = answer.status != jobs.IN_QUEUE and job.started_at is None
-        if not begun and answer.status == job.runpod_status and told == job.progress:
-            return None
+        if not begun and answer.status == job.runpod_status:
+            return moves.go_further(job, progress=told) if told and told != job.progress else None
         return moves.observe(job, runpod=seen, progress=told, now=self.clock.now())
 
     def _missing(self, job: Job, why: PermanentError | None) -> Change | None:

@@ -9,6 +9,7 @@ from typing import Any
 from chalicelib.d1 import D1, Row
 from chalicelib.jobs import Change, Job, State, to_text
 from chalicelib.models import Models
+from chalicelib.moves import PROGRESS
 from chalicelib.queries import bind
 
 POLL_AGAIN = 12  # seconds; under the 15 s grid, so that every running job is looked at in each round
@@ -252,8 +253,11 @@ class Store:
         """
         Write the changes whose rows are still as they were read; at most one change a job.
 
-        Returns the winners: job id and its new version. A retry with the same nonce gives the same answer.
+        Returns the winners: job id and its new version. A retry with the same nonce gives the same answer. What is no
+        move wins nothing.
         """
+        further = [change.job for change in changes if change.event == PROGRESS]
+        changes = [change for change in changes if change.event != PROGRESS]
         lines = [
             {
                 "id": change.job.id,
@@ -271,9 +275,18 @@ class Store:
             "guarded": _rows([change.job for change in changes if not change.accepted and not change.by_user]),
             "reopened": _rows([change.job for change in changes if change.by_user]),
             "lines": json.dumps(lines, ensure_ascii=False),
+            "further": _rows(further),
         }
         winners = self._run(
-            ["record_accepted", "save_changes", "reopen", "log_saved", "tell_of_saved", "select_winners"],
+            [
+                "record_progress",
+                "record_accepted",
+                "save_changes",
+                "reopen",
+                "log_saved",
+                "tell_of_saved",
+                "select_winners",
+            ],
             values,
             timeout=timeout,
         )[-1]

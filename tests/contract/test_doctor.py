@@ -281,7 +281,7 @@ def test_nothing_is_wrong_with_a_healthy_service(healthy, cloud_server):
 
     assert [finding for finding in found if finding.level is not Level.OK] == []
     assert {finding.check for finding in found} == {
-        "settings", "keys", "d1", "clock", "schedule", "jobs", "r2", "public", "spool", "runpod", "webhook",
+        "settings", "models", "keys", "d1", "clock", "schedule", "jobs", "r2", "public", "spool", "runpod", "webhook",
     }  # fmt: skip
     print("\n" + "\n".join(map(doctor.lines, found)))
     assert not [path for path in (cloud_server.cloud.r2._folder).iterdir() if path.suffix == ".json"]

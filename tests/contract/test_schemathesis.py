@@ -92,6 +92,7 @@ class Api:
             "API_KEY_HASHES": KEY_HASH,
             "PUBLIC_BASE_URL": self.url,
             "WEBHOOK_SECRET": SECRET,
+            "CALLBACK_SECRETS": "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3",
             "MAX_QUEUED": "200",  # so that a round by hand is over in time
             "AWS_DEFAULT_REGION": "us-east-1",
         }
@@ -134,7 +135,14 @@ class Api:
         self.cloud.d1.execute(
             "INSERT INTO jobs (id, prompt, created_at) VALUES ('an old/id', 'an old cat', '2025-01-01')"
         )
-        return [*ended, running, deleted, waiting, cancelled, "an old/id"]
+        ids = [*ended, running, deleted, waiting, cancelled, "an old/id"]
+        for job_id in ids:  # something to tell of each, at an address that is refused at once
+            self.cloud.d1.execute(
+                "INSERT INTO deliveries (job_id, version, type, url, data, created_at) "
+                "VALUES (?, 1, 'job.done', ?, ?, '')",
+                job_id, "http://127.0.0.1:9/", '{"outputs": [], "result_url": null, "result_r2_key": null}',
+            )  # fmt: skip
+        return ids
 
 
 @pytest.fixture
@@ -161,8 +169,12 @@ def aim(live):
             return
         if "Prefer" in (case.headers or {}):
             case.headers["Prefer"] = case.headers["Prefer"].replace("wait=20", "wait=1")
+        if case.operation.label == "POST /api/queue/create" and isinstance(case.body, dict):
+            _leave_out_what_hangs_together(case.body)
         if rng.random() < 0.4:
             return
+        if "n" in case.path_parameters:
+            case.path_parameters["n"] = "1"
         if "Idempotency-Key" in (case.headers or {}):
             del case.headers["Idempotency-Key"]  # else most of what is right is only another request of the same name
         if "token" in case.path_parameters:
@@ -182,6 +194,17 @@ def aim(live):
     GLOBAL_HOOK_DISPATCHER.unregister(before_call)
     unregister_string_format("cursor")
     unregister_string_format("date-time")
+
+
+def _leave_out_what_hangs_together(body):
+    """What is right by itself may be wrong for the model, and a link may lead nowhere: that has tests of its own."""
+    for job in [body, *(body.get("jobs") or [])]:
+        for name in ("slots", "image_key", "image_url"):
+            job.pop(name, None)
+        if job.get("callback_url"):
+            job["callback_url"] = "https://shop.example/hooks"
+        if job.get("model") == "qwen-image-edit":
+            job["model"] = "qwen-image"
 
 
 def negative(case):

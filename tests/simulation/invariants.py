@@ -21,7 +21,7 @@ CLAIM_MOVES = {
     (State.SUBMIT, State.CANCELLED),
 }
 MARKED = {"deleted_at", "version", "writer", "claimer", "updated_at"}  # what a delete changes in a row
-UNGUARDED = {"due_at", "claimer", "cancel_at", "deadline_at", "updated_at"}
+UNGUARDED = {"due_at", "claimer", "cancel_at", "deadline_at", "updated_at", "progress"}
 SECRETS = (
     "local-cloudflare-token",
     "local-secret-key",
