@@ -1,5 +1,6 @@
 """What ./deploy makes: packaged for real, run by Lambda's own runtime client, and its template read by others."""
 
+import base64
 import contextlib
 import fcntl
 import hashlib
@@ -11,12 +12,15 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import boto3
 import pytest
 import requests
+from standardwebhooks import Webhook
 
 import app
 from chalicelib import settings
@@ -27,6 +31,7 @@ from tests.engines import processes
 from tests.engines.engine import D1Engine
 from tools import schema, template
 from tools.cloud import Account, LocalCloud
+from tools.cloud.render import draw
 from tools.cloud.server import CloudServer
 
 ROOT = Path(__file__).parents[2]
@@ -112,8 +117,8 @@ def test_the_zip_holds_the_service_and_its_requirements_and_nothing_else(package
 
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {
-        "app.py", "__pycache__", "chalice", "chalicelib", "certifi", "charset_normalizer", "filetype", "idna",
-        "imagesize", "requests", "urllib3",
+        "app.py", "__pycache__", "chalice", "chalicelib", "certifi", "charset_normalizer", "fastjsonschema", "filetype",
+        "idna", "imagesize", "requests", "standardwebhooks", "urllib3",
     }  # fmt: skip
     shipped = {name for name in names if name.startswith("chalicelib/") and "__pycache__" not in name}
     tracked = subprocess.run(["git", "ls-files", "chalicelib"], cwd=ROOT, capture_output=True, text=True).stdout
@@ -193,11 +198,38 @@ def aws(tmp_path_factory):
     process.stdout.close()
 
 
+class Receiver(BaseHTTPRequestHandler):
+    """What listens at a callback_url."""
+
+    def do_POST(self):
+        self.server.heard.append((dict(self.headers), self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def listening():
+    server = HTTPServer(("127.0.0.1", 0), Receiver)
+    server.heard = []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 class Deployed:
     """The functions, unpacked and running, and the clouds that they work with."""
 
-    def __init__(self, cloud, apis, logs, task, in_ssm):
+    def __init__(self, cloud, apis, logs, task, in_ssm, receiver):
         self.cloud = cloud
+        self.receiver = receiver
         self.apis = apis
         self.logs = logs
         self.task = task
@@ -256,7 +288,10 @@ def deployed(packaged, functions, aws, tmp_path_factory):
     runtime = lambda_runtime.image(folder / "runtime")
     (folder / "tmp").mkdir()
     with serving(folder / "cloud") as cloud, contextlib.ExitStack() as running:
-        there = {**cloud.settings(), "WEBHOOK_SECRET": secrets.token_hex(20)}
+        receiver = running.enter_context(listening())
+        secret = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
+        there = {**cloud.settings(), "WEBHOOK_SECRET": secrets.token_hex(20), "CALLBACK_SECRETS": secret}
+        there["RESULT_ALLOWED_PRIVATE_HOSTS"] += f",127.0.0.1:{receiver.server_port}"
         in_ssm = {name: there[name] for name in SECRETS}
         put_secrets(aws, in_ssm)
         # What the template has, but for where the clouds are and who may call.
@@ -276,7 +311,7 @@ def deployed(packaged, functions, aws, tmp_path_factory):
             )
             for name, function in functions.items()
         }
-        yield Deployed(cloud, apis, logs, task, in_ssm)
+        yield Deployed(cloud, apis, logs, task, in_ssm, receiver)
     assert tree(task) == before, "something was written into the function's folder"
     assert not list((folder / "tmp").iterdir())
     for path in (task, *task.rglob("*")):
@@ -323,6 +358,26 @@ def test_a_picture_goes_all_the_way_through_the_zip(deployed):
     (file,) = job["outputs"]
     assert picture.startswith(b"\x89PNG")
     assert (len(picture), hashlib.sha256(picture).hexdigest()) == (file["bytes"], file["sha256"])
+
+
+def test_an_uploaded_picture_is_edited_by_a_workflow_and_its_end_is_told(deployed, monkeypatch):
+    garden = draw("a garden")
+    offer = {"content_type": "image/png", "bytes": len(garden)}
+    _, offered, _ = deployed.call("POST", "/api/uploads", offer)
+    put = requests.put(offered["url"], data=garden, headers=offered["headers"], timeout=5)
+    hook = f"http://127.0.0.1:{deployed.receiver.server_port}/hook"
+    order = {"model": "qwen-image-edit", "prompt": "snow", "image_key": offered["key"], "callback_url": hook}
+
+    refused = deployed.call("POST", "/api/queue/create", {**order, "slots": {"steps": 99}})
+    status, made, _ = deployed.call("POST", "/api/queue/create", order)
+    monkeypatch.setattr(deployed.cloud.runpod, "_clock", lambda: time.time() + 10)
+    job = deployed.until_done(made["id"])
+
+    assert (put.status_code, status, refused[1]["code"]) == (200, 200, "slots_invalid")
+    assert requests.get(job["result_url"], timeout=5).content not in (garden, draw("snow"))
+    ((headers, body),) = deployed.receiver.heard
+    event = Webhook(deployed.secrets["CALLBACK_SECRETS"]).verify(body, headers)
+    assert (event["type"], event["data"]["result_url"]) == ("job.done", job["result_url"])
 
 
 def test_the_same_event_of_the_schedule_twice_does_no_harm(deployed):
