@@ -25,6 +25,8 @@ CHALICE_ERRORS = {
 }
 CRASHED = ("internal_error", "Something failed inside the service; it is in the logs. Try again.")
 
+ANONYMOUS = "anonymous"  # who calls without a key, where that is allowed
+
 Args = ParamSpec("Args")
 Answer = dict[str, Any]
 
@@ -90,7 +92,7 @@ def _caller(current: Service, request: Request, right: Right | None, anonymous: 
     header, keys = request.headers.get("authorization", ""), current.settings.api_key_hashes
     if anonymous and current.settings.allow_anonymous:
         key = auth.identify(header, keys)
-        return key.name if key else "anonymous"
+        return key.name if key else ANONYMOUS
     key = auth.require_key(header, keys)
     log.add(caller=key.name)
     auth.require_right(key, right)

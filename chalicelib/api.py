@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -11,7 +12,7 @@ from urllib.parse import unquote
 from chalice.app import Request, Response
 
 from chalicelib import advice, answers, filters, inputs, jobs, log
-from chalicelib.answers import Answer, Call, route
+from chalicelib.answers import ANONYMOUS, Answer, Call, route
 from chalicelib.auth import Right
 from chalicelib.bootstrap import service
 from chalicelib.d1 import Row
@@ -84,45 +85,53 @@ def create_job(call: Call) -> Answer:
     """Queue a job, or several at once, and send them to RunPod."""
     body = inputs.read_body(call.request)
     wanted, listed = inputs.read_new_jobs(body, call.service.models)
-    key = inputs.read_idempotency_key(call.request)
+    key, request_hash = inputs.read_idempotency_key(call.request), inputs.hash_of(body)
     deadline = Deadline(call.service.clock, REQUEST_SECONDS)
-    for job in wanted:
-        if job["callback_url"]:
-            job["callback_url"] = call.service.courier.require_url(job["callback_url"])
-    pictures, problem = _take_pictures(call, wanted, deadline)
-    if problem is not None and key is None:
-        raise problem
-    made = [
-        call.service.pipeline.new_job(**{**job, "pictures": [pictures.get(one, one) for one in job["pictures"]]})
-        for job in wanted
-    ]
-    if key is not None:
-        made = jobs.under_key(made, key, inputs.hash_of(body))
-    ids = _create(call, made, deadline, problem)
-    if ids != [job.id for job in made]:
+    _check_addresses(call, wanted)
+    ids = _made_before(call, wanted, key, request_hash, deadline)
+    replayed = bool(ids)
+    if not ids:
+        made = [call.service.pipeline.new_job(**job) for job in _with_pictures(call, wanted, deadline)]
+        if key is not None:
+            made = jobs.under_key(made, key, request_hash)
+        ids = _create(call, made, deadline)
+        replayed = ids != [job.id for job in made]
+    if replayed:
         call.headers["Idempotent-Replayed"] = "true"
     queued = [{"id": job_id, "status": Status.QUEUED} for job_id in ids]
     return {"jobs": queued} if listed else queued[0]
 
 
-def _take_pictures(
-    call: Call, wanted: list[dict[str, Any]], deadline: Deadline
-) -> tuple[dict[str, str], RequestError | None]:
-    """The keys of the jobs' pictures; why they cannot be used, which is nothing where the request was made before."""
+def _check_addresses(call: Call, wanted: list[dict[str, Any]]) -> None:
+    """Callbacks can be made, and nobody without a key asks for what is told or fetched elsewhere."""
+    for job in wanted:
+        if call.caller == ANONYMOUS and (job["callback_url"] or job["pictures"]):
+            raise RequestError("unauthorized", "Pictures and callbacks want an API key: `Authorization: Bearer <key>`.")
+        if job["callback_url"]:
+            job["callback_url"] = call.service.courier.require_url(job["callback_url"])
+
+
+def _made_before(
+    call: Call, wanted: list[dict[str, Any]], key: str | None, request_hash: str, deadline: Deadline
+) -> list[str]:
+    """The jobs of the same request; they are looked for first only where pictures would be fetched once more."""
+    if key is None or not any(job["pictures"] for job in wanted):
+        return []
+    return call.service.pipeline.made_before(key, request_hash, len(wanted), deadline)
+
+
+def _with_pictures(call: Call, wanted: list[dict[str, Any]], deadline: Deadline) -> list[dict[str, Any]]:
+    """The same with the keys of the pictures, which are all there."""
     pictures = [picture for job in wanted for picture in job["pictures"]]
     if not pictures:
-        return {}, None
-    try:
-        return call.service.uploads.take(pictures, deadline.less(CREATE_SECONDS)), None
-    except RequestError as error:
-        return {}, error
+        return wanted
+    keys = call.service.uploads.take(pictures, deadline.less(CREATE_SECONDS))
+    return [{**job, "pictures": [keys[picture] for picture in job["pictures"]]} for job in wanted]
 
 
-def _create(call: Call, made: list[Job], deadline: Deadline, problem: RequestError | None) -> list[str]:
+def _create(call: Call, made: list[Job], deadline: Deadline) -> list[str]:
     try:
         return call.service.pipeline.create(made, deadline, by=call.caller)
-    except RequestError as error:
-        raise (problem if problem and error.code == "image_not_found" else error) from error
     except IndeterminateError as error:
         if made[0].idempotency_key is not None:
             error.sentence += " Send the same again, with the same Idempotency-Key: nothing is made twice."
@@ -139,8 +148,10 @@ def get_status(call: Call, job_id: str | None = None) -> Answer:
     asked = unquote(job_id) if job_id is not None else inputs.query_of(call.request).get("id", "")
     if not asked.strip():
         raise RequestError("id_required", "id is required: /api/queue/status?id=…")
-    job = call.service.reads.job(inputs.read_id(asked), timeout=READ_SECONDS)
-    return call.service.views.job(_found(job))
+    job = _found(call.service.reads.job(inputs.read_id(asked), timeout=READ_SECONDS))
+    if call.caller == ANONYMOUS:  # whose addresses and pictures these are, nobody can tell
+        job = replace(job, callback_url=None, pictures=None)
+    return call.service.views.job(job)
 
 
 @route(Right.READ, etag=True)

@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 
 from chalicelib import log
 from chalicelib.d1 import Row
-from chalicelib.errors import PermanentError, RequestError, ServiceError
+from chalicelib.errors import RequestError, ServiceError
 from chalicelib.fetch import Guard, Refused, whole_url
 from chalicelib.jobs import to_text
-from chalicelib.outbox import Delivery, Outbox, Outcome
+from chalicelib.outbox import OF_HOST, Delivery, Outbox, Outcome
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.store import new_nonce
 from chalicelib.views import Views
@@ -32,9 +32,11 @@ D1_TIMEOUT = 8.0  # seconds
 RESERVE = D1_TIMEOUT + 1.0  # seconds that must be left when a try is begun: to write down what came of it
 LEASE_MARGIN = 5.5  # seconds that a claim outlives its deadline, which is half a second before the Lambda must be dead
 THREADS = 8
+CLAIMS = 10  # that one run makes, of which each is two D1 calls
+LEAST_TRY = 1.0  # seconds in which a try may come to something
+SILENCE = 60.0  # seconds in which a receiver is left alone that has just not answered
 MAX_BODY_BYTES = 19_500  # the specification asks for less than 20 kB
 LEFT_OUT_FIRST = ("outputs", "metadata", "prompt", "error")  # of a body that is larger
-MAX_URL_CHARS = 2_000
 GONE = 410  # says that nothing is wanted there any more
 
 
@@ -61,8 +63,6 @@ class Courier:
                 "callbacks_not_configured", "This service signs no callbacks: its operator has to set CALLBACK_SECRETS."
             )
         try:
-            if len(url) > MAX_URL_CHARS:
-                raise PermanentError("link_invalid", f"It has more than {MAX_URL_CHARS} characters.")
             whole = whole_url(url)
             parts = urlsplit(whole)
             self.guard.require_public_words(
@@ -80,18 +80,30 @@ class Courier:
         """
         tried = 0
         try:
-            while self.secrets and deadline.left() > RESERVE:
-                sent = self._send_due(deadline, job_id)
-                tried += len(sent)
-                soon = any(outcome.delivery.tries == 0 and outcome.due_at for outcome in sent)
-                if job_id is not None or not soon or deadline.left() < DELAYS[0] + TRY_TIMEOUT + RESERVE:
+            for _ in range(CLAIMS if self.secrets else 0):
+                if deadline.left() <= RESERVE:
                     break
-                self.clock.sleep(DELAYS[0] + 0.1)
+                claimed, made = self._send_due(deadline, job_id)
+                tried += len(made)
+                if job_id is not None or not self._goes_on(claimed, made, deadline):
+                    break
         except ServiceError as error:
             log.failed("callbacks_not_sent", error)
         except Exception:
             log.crashed("callbacks_crashed")
         return tried
+
+    def _goes_on(self, claimed: int, made: list[Outcome], deadline: Deadline) -> bool:
+        """Whether more is due now, or will be in a moment, which is waited for."""
+        if not claimed:
+            return False
+        soon = any(outcome.delivery.tries == 1 and outcome.due_at for outcome in made)
+        if claimed >= OF_HOST or not soon:
+            return claimed >= OF_HOST
+        if deadline.left() < DELAYS[0] + TRY_TIMEOUT + RESERVE:
+            return False
+        self.clock.sleep(DELAYS[0] + 0.1)
+        return True
 
     def replay(self, job_id: str, number: str, deadline: Deadline) -> Row:
         """
@@ -99,14 +111,17 @@ class Courier:
         is no such delivery, and what D1 raises.
         """
         n = int(number) if number.isascii() and number.isdigit() and len(number) < 6 else 0
+        if n < 1:
+            raise no_such_delivery()
         rows = self.outbox.replay(job_id, n, now=self.clock.now(), timeout=deadline.cap(D1_TIMEOUT))
         if n not in [row["n"] for row in rows]:
-            raise RequestError("delivery_not_found", "There is no such delivery of this job.")
+            raise no_such_delivery()
         self.run(deadline, job_id=job_id)
         _, rows = self.outbox.of(job_id, timeout=deadline.cap(D1_TIMEOUT))
         return next(row for row in rows if row["n"] == n)
 
-    def _send_due(self, deadline: Deadline, job_id: str | None) -> list[Outcome]:
+    def _send_due(self, deadline: Deadline, job_id: str | None) -> tuple[int, list[Outcome]]:
+        """How many were claimed, and the tries that were made."""
         nonce = new_nonce(self.rng)
         claimed = self.outbox.claim(
             nonce=nonce,
@@ -116,25 +131,29 @@ class Courier:
             job_id=job_id,
         )
         if not claimed:
-            return []
+            return 0, []
         outcomes: list[Outcome] = []
+        silent: set[str] = set()
         with self.new_crew(THREADS) as crew:
             for delivery in claimed:
-                crew.start(partial(self._try, delivery, deadline))
+                crew.start(partial(self._try, delivery, silent, deadline))
             while crew.busy:
                 outcomes += [outcome for outcome in crew.wait(1.0) if isinstance(outcome, Outcome)]
         self.outbox.settle(outcomes, nonce=nonce, timeout=deadline.cap(D1_TIMEOUT))
-        for outcome in outcomes:
-            log.told(outcome.delivery.job_id, outcome.delivery.type, outcome.status, outcome.line)
-        return outcomes
+        made = [outcome for outcome in outcomes if outcome.line]
+        for outcome in made:
+            log.told(outcome.delivery.job_id, outcome.delivery.type, outcome.status, outcome.line or {})
+        return len(claimed), made
 
-    def _try(self, delivery: Delivery, deadline: Deadline) -> Outcome | None:
-        """One try; None where there is no time for it, so that it is due again when the claim ends."""
+    def _try(self, delivery: Delivery, silent: set[str], deadline: Deadline) -> Outcome:
+        """One try, which is not made where its receiver has just not answered, or there is no time for it."""
         timeout = min(TRY_TIMEOUT, deadline.left() - RESERVE)
-        if timeout < 1.0:
-            return None
+        host = urlsplit(delivery.url).netloc
+        if timeout < LEAST_TRY or host in silent:
+            later = to_text(self.clock.now() + timedelta(seconds=SILENCE if host in silent else 0))
+            return Outcome(delivery=delivery, status="pending", due_at=later, line=None)
         begun = self.clock.monotonic()
-        status, error, retry_after, final = self._post(delivery, timeout)
+        status, error, retry_after, final = self._post(delivery, silent, timeout)
         now = self.clock.now()
         line = {
             "at": to_text(now),
@@ -144,16 +163,18 @@ class Courier:
         }
         if error is None:
             return Outcome(delivery=delivery, status="delivered", due_at=None, line=line)
-        if final or delivery.tries >= len(DELAYS):
+        if final or delivery.tries > len(DELAYS):
             return Outcome(delivery=delivery, status="failed", due_at=None, line=line)
-        wait = max(DELAYS[delivery.tries], retry_after or 0.0)
+        wait = max(DELAYS[delivery.tries - 1], retry_after or 0.0)
         return Outcome(delivery=delivery, status="pending", due_at=to_text(now + timedelta(seconds=wait)), line=line)
 
-    def _post(self, delivery: Delivery, timeout: float) -> tuple[int | None, str | None, float | None, bool]:
+    def _post(
+        self, delivery: Delivery, silent: set[str], timeout: float
+    ) -> tuple[int | None, str | None, float | None, bool]:
         """The HTTP status if there was one, what was wrong if anything, when it may be tried, and whether at all."""
-        body = self._body(delivery)
         headers = {"Content-Type": "application/json", "User-Agent": "ob-ai-studio", "Connection": "close"}
         try:
+            body = self._body(delivery)
             signed = {**headers, **self._signature(delivery, body)}
             with self.wire.open(
                 "callback", "POST", delivery.url, headers=signed, body=body.encode(), timeout=timeout
@@ -162,6 +183,7 @@ class Courier:
         except Refused as error:
             return None, error.sentence, None, True
         except ServiceError as error:
+            silent.add(urlsplit(delivery.url).netloc)
             return None, error.sentence, None, False
         except Exception as error:  # one delivery must not keep the others of its claim from being written down
             log.crashed("callback_crashed", job_id=delivery.job_id)
@@ -184,6 +206,11 @@ class Courier:
             "webhook-timestamp": str(int(now.timestamp())),
             "webhook-signature": " ".join(Webhook(secret).sign(message, now, body) for secret in self.secrets),
         }
+
+
+def no_such_delivery() -> RequestError:
+    """What is said of a number that no delivery of the job has."""
+    return RequestError("delivery_not_found", "There is no such delivery of this job.")
 
 
 def _json(delivery: Delivery, data: dict[str, Any], left_out: list[str]) -> bytes:

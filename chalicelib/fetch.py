@@ -185,8 +185,8 @@ def _is_public(address: IPv4Address | IPv6Address) -> bool:
     return address.is_global and not address.is_multicast
 
 
-def _refused(code: str, words: str, host: str = "the result") -> Refused:
-    return Refused(code, f"The link to {host} {words}; it is not followed.", service="result")
+def _refused(code: str, words: str, host: str = "") -> Refused:
+    return Refused(code, f"The link{f' to {host}' if host else ''} {words}; it is not followed.", service="result")
 
 
 def _redirected(error: Refused) -> PermanentError:

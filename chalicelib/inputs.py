@@ -26,7 +26,8 @@ MAX_METADATA, MAX_METADATA_CHARS = 20, 500
 METADATA_KEY = r"[A-Za-z0-9_.-]{1,40}"
 MIN_DEADLINE = 60  # seconds
 MAX_PICTURES = 20  # different ones in one create, which are looked at before it
-MAX_URL_CHARS = 4_000
+# The code of what is no address in a field, and the most characters that one may have.
+URLS = {"callback_url": ("callback_url_invalid", 2_000), "image_url": ("images_invalid", 4_000)}
 MAX_DAYS, DEFAULT_DAYS = 90, 7  # of the figures
 JOB_FIELDS = (
     "prompt", "model", "input", "slots", "image_key", "image_url", "callback_url", "metadata", "priority", "deadline",
@@ -163,9 +164,9 @@ def _read_key(key: object) -> str:
 def _read_url(name: str, url: object) -> str | None:
     if url is None and name == "callback_url":
         return None
-    if not isinstance(url, str) or not re.match(r"https?://", url, re.IGNORECASE) or len(url) > MAX_URL_CHARS:
-        code = "callback_url_invalid" if name == "callback_url" else "images_invalid"
-        raise RequestError(code, f"{name} must be an http(s) address of at most {MAX_URL_CHARS} characters.")
+    code, most = URLS[name]
+    if not isinstance(url, str) or not re.match(r"https?://", url, re.IGNORECASE) or len(url) > most:
+        raise RequestError(code, f"{name} must be an http(s) address of at most {most} characters.")
     return url
 
 

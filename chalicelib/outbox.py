@@ -9,14 +9,14 @@ from chalicelib.d1 import D1, Row
 from chalicelib.jobs import Job, to_text
 from chalicelib.queries import bind
 
-AT_ONCE = 40  # deliveries that one claim takes
-OF_HOST = 8  # of them to one host
-WINDOW = 2_000  # of the due ones, oldest first, that a claim picks from
+AT_ONCE = 100  # deliveries that one claim takes
+OF_HOST = 50  # of them to one host
+WINDOW = 1_000  # of the due ones that a claim picks from, the oldest, and as many of the newest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """One end of a job that is to be told, with the job as it was then."""
+    """One end of a job that is to be told, with the job as it was then; `tries` with the one that it is claimed for."""
 
     job_id: str
     version: int
@@ -29,12 +29,15 @@ class Delivery:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of one try: how the delivery stands now, when it is tried again, and the line of its log."""
+    """
+    What came of one try: how the delivery stands now, when it is tried again, and the line of its log; None where it
+    was not made.
+    """
 
     delivery: Delivery
     status: str
     due_at: str | None
-    line: dict[str, Any]
+    line: dict[str, Any] | None
 
 
 class Outbox:
@@ -56,7 +59,8 @@ class Outbox:
             "of_host": OF_HOST,
             "window": WINDOW,
         }
-        *_, rows = self._run(["claim_deliveries", "select_claimed_deliveries"], values, timeout)
+        claim = "claim_deliveries" if job_id is None else "claim_deliveries_of"
+        *_, rows = self._run([claim, "select_claimed_deliveries"], values, timeout)
         return [Delivery(**{**row, "data": json.loads(row["data"])}) for row in rows]
 
     def settle(self, outcomes: list[Outcome], *, nonce: str, timeout: float) -> None:

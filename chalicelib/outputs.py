@@ -33,6 +33,8 @@ LEAST_CHARS_OF_NO_MEDIA = 1_000  # of base64 of something else; shorter ones are
 LINK = re.compile(r"https?://\S++", re.IGNORECASE)
 LINK_IN_TEXT = re.compile(r"https?://[^\s\"'<>()\[\]]++", re.IGNORECASE)
 SIGNED = re.compile(r"(https?://[^\s\"'<>?#]++)[?#][^\s\"'<>]++", re.IGNORECASE)
+# The pictures that we give a worker, which some tell back under any name; uploads.py makes their keys.
+GIVEN = re.compile(r"/uploads/\d{4}/\d\d/\d\d/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}($|[?#])")
 BETWEEN_LINKS = re.compile(r"[\s,]++(?=https?://)", re.IGNORECASE)
 OTHER_SCHEME = re.compile(r"(?!data:|https?:)[a-z][a-z0-9+.-]++:/", re.IGNORECASE)
 WORKERS_DISK = ("/", "./", "simulated_uploaded/", "local_upload/")  # the last two are what RunPod's SDK says there
@@ -90,6 +92,10 @@ def without_signatures(text: str) -> str:
     return SIGNED.sub(r"\1?…", text) if "://" in text else text
 
 
+def _is_given(file: Inline | Link) -> bool:
+    return isinstance(file, Link) and GIVEN.search(file.url) is not None
+
+
 class _Search:
     """One walk over an answer, which gathers all that is a file and all that should have been one."""
 
@@ -135,7 +141,8 @@ class _Search:
                 return
             self.walk(inside, rank, name, depth - 1)
             return
-        self._found += [(_rank_of(file, rank, name), file) for file in self._read_text(text, name)]
+        files = [file for file in self._read_text(text, name) if not _is_given(file)]
+        self._found += [(_rank_of(file, rank, name), file) for file in files]
 
     def _walk_object(self, entry: dict[str, Any], rank: Rank, name: str, depth: int) -> None:
         if reason := _reported_error(entry):

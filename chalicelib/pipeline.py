@@ -123,10 +123,17 @@ class Pipeline:
             raise
         if not there:
             raise no_picture(min(gone)) if gone else self._no_room(len(wanted))
-        _require_same_request(there, wanted)
+        _require_same_request(there, wanted[0].request_hash, len(wanted))
         if there[0].id in {job.id for job in wanted}:
             self._send_all(to_send, deadline)
             return [job.id for job in wanted]
+        return [job.id for job in there]
+
+    def made_before(self, key: str, request_hash: str, number: int, deadline: Deadline) -> list[str]:
+        """The ids of the jobs that the same request has made; none where it was not made. Raises as create() does."""
+        there = self.store.made_under(key, timeout=deadline.cap(CREATE_TIMEOUT))
+        if there:
+            _require_same_request(there, request_hash, number)
         return [job.id for job in there]
 
     def _no_room(self, number: int) -> RequestError:
@@ -305,13 +312,13 @@ class Pipeline:
         return report
 
 
-def _require_same_request(there: list[Job], wanted: list[Job]) -> None:
-    if there[0].request_hash != wanted[0].request_hash:
+def _require_same_request(there: list[Job], request_hash: str | None, number: int) -> None:
+    if there[0].request_hash != request_hash:
         raise RequestError(
             "idempotency_conflict",
             "Another request was made with this Idempotency-Key before; nothing was made now. Give each its own key.",
         )
-    if len(there) < len(wanted):
+    if len(there) < number:
         raise RequestError(
             "job_deleted", "This request was made before, and some of its jobs have been deleted; nothing was made now."
         )

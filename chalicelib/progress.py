@@ -4,8 +4,11 @@ import json
 import re
 from typing import Any
 
+from chalicelib import outputs
+
 NAMES = ("progress", "percentage", "percent", "message", "status")
 MAX_CHARS = 200
+MAX_NUMBER = 1e12
 # "4/10", "40%" and "40 %" anywhere in a text.
 STEPS = re.compile(r"(\d{1,6}) ?/ ?(\d{1,6})")
 PERCENT = re.compile(r"(\d{1,3}(?:\.\d+)?) ?%")
@@ -19,7 +22,7 @@ def read(output: Any) -> str | None:
     name, value = _value(output)
     if value is None:
         return None
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = outputs.without_signatures(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     fraction = _of_text(text) if isinstance(value, str) else _of_number(name, value)
     return json.dumps({"text": text[:MAX_CHARS], "fraction": fraction}, ensure_ascii=False)
 
@@ -31,7 +34,9 @@ def _value(output: Any) -> tuple[str, Any]:
 
 
 def _is_told(value: Any) -> bool:
-    return isinstance(value, str | int | float) and not isinstance(value, bool) and value != ""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return abs(value) < MAX_NUMBER  # of hundreds of digits nobody can make a share
+    return isinstance(value, str) and value != ""
 
 
 def _of_number(name: str, value: float) -> float | None:

@@ -523,9 +523,9 @@ WHERE (key, job_id) IN (
 
 
 -- name: free_uploads
--- The pictures that no other job uses are removed by the next sweep.
+-- The pictures that no other job uses are removed by a later sweep, when the addresses to put them have ended.
 UPDATE uploads
-SET due_at = :now
+SET due_at = :free_at
 WHERE due_at IS NULL
   AND key IN (
     SELECT json_extract(picture.value, '$.key')
@@ -823,10 +823,10 @@ DELETE FROM uploads WHERE key IN (SELECT value FROM json_each(:uploads)) AND swe
 
 
 -- name: claim_deliveries
--- Take what is due at callback addresses, only so many of one host, so that one that is down does not hold up the others;
--- those of one job alone where :job_id is given.
+-- Take what is due at callback addresses: of the oldest and the newest only so many of one host, so that one that is down
+-- does not hold up the others. The try is counted here, for whoever makes it may end without a word.
 UPDATE deliveries
-SET claimer = :nonce, due_at = :lease_until
+SET claimer = :nonce, due_at = :lease_until, tries = tries + 1
 WHERE (job_id, version) IN (
   SELECT job_id, version
   FROM (
@@ -835,36 +835,45 @@ WHERE (job_id, version) IN (
       row_number() OVER (PARTITION BY substr(url, 1, instr(substr(url, 9), '/') + 8) ORDER BY due_at, job_id, version) AS nth
     FROM (
       SELECT job_id, version, due_at, url
-      FROM deliveries
-      WHERE due_at <= :now AND job_id = coalesce(:job_id, job_id)
-      ORDER BY due_at
-      LIMIT CAST(:window AS INTEGER)
+      FROM (SELECT job_id, version, due_at, url FROM deliveries WHERE due_at <= :now ORDER BY due_at LIMIT CAST(:window AS INTEGER))
+      UNION
+      SELECT job_id, version, due_at, url
+      FROM (SELECT job_id, version, due_at, url FROM deliveries WHERE due_at <= :now ORDER BY due_at DESC LIMIT CAST(:window AS INTEGER))
     )
   )
   WHERE nth <= CAST(:of_host AS INTEGER)
-  ORDER BY due_at
+  ORDER BY nth, due_at
   LIMIT CAST(:limit AS INTEGER)
 )
 
 
+-- name: claim_deliveries_of
+-- The same for those of one job.
+UPDATE deliveries
+SET claimer = :nonce, due_at = :lease_until, tries = tries + 1
+WHERE job_id = :job_id AND due_at <= :now
+
+
 -- name: select_claimed_deliveries
--- What this nonce has taken.
+-- What this nonce has taken, the first of each host first.
 SELECT job_id, version, type, url, data, created_at, tries
 FROM deliveries
 WHERE due_at = :lease_until AND claimer = :nonce
-ORDER BY created_at
+ORDER BY
+  row_number() OVER (PARTITION BY substr(url, 1, instr(substr(url, 9), '/') + 8) ORDER BY created_at, job_id, version), created_at
 
 
 -- name: settle_deliveries
--- What came of them; of the tries the last twenty are kept.
+-- What came of them; of the tries the last twenty are kept. One that was not made is not counted.
 UPDATE deliveries
 SET
-  claimer = NULL, tries = tries + 1,
+  claimer = NULL,
+  tries = tries - (json_extract(row.value, '$.line') IS NULL),
   status = json_extract(row.value, '$.status'),
   due_at = json_extract(row.value, '$.due_at'),
-  log = json_insert(
+  log = CASE WHEN json_extract(row.value, '$.line') IS NULL THEN log ELSE json_insert(
     CASE WHEN json_array_length(log) >= 20 THEN json_remove(log, '$[0]') ELSE log END, '$[#]', json_extract(row.value, '$.line')
-  )
+  ) END
 FROM json_each(:rows) AS row
 WHERE deliveries.job_id = json_extract(row.value, '$.job_id') AND deliveries.version = json_extract(row.value, '$.version')
   AND deliveries.claimer = :nonce

@@ -26,8 +26,6 @@ LINK_PATIENCE = timedelta(minutes=3)
 LINK_REFUSALS = 2
 DOUBTED = frozenset({"link_forbidden", "link_not_found", "link_refused"})
 
-UPLOADED = "uploads/"  # begins the keys of pictures that went into a job
-
 LEAST_ID_CHARS = 16  # of an id that names its job alone
 
 SETTLED = ""  # stands for the link of a file that need not be fetched again
@@ -196,10 +194,6 @@ class Results:
                 self._read_spooled(content, source.file, deadline)
                 return None
         key = self.bucket.key_of(source.url)
-        if key and key.startswith(UPLOADED):
-            raise PermanentError(
-                "input_returned", "The worker returned the picture that it was given.", service="result"
-            )
         if key and _is_named_after(key, job):
             return self._read_own(content, key, deadline)
         etag = self.fetch.download(source.url, content, timeout=deadline.cap(DOWNLOAD_TIMEOUT))

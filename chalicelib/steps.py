@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
-from chalicelib import deadlines, jobs, moves, outputs, progress, results
+from chalicelib import deadlines, jobs, log, moves, outputs, progress, results
 from chalicelib.deadlines import Deadlines
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.jobs import Change, Job
@@ -63,19 +63,25 @@ class Steps:
             return moves.fail(job, _never_answered(), now=self.clock.now())
         timeout = deadline.cap(RUN_TIMEOUT, reserve=SAVE_RESERVE)
         try:
+            payload = job.payload(lambda key: self._sign(key, job))
+        except Exception:  # nothing was sent, which must not look like a lost answer
+            log.crashed("input_not_made", job_id=job.id)
+            error = TransientError("internal_error", "The job's input could not be made inside the service.")
+            return moves.give_back(job, error, now=self.clock.now(), rng=self.rng)
+        try:
             run_id, status = self.runpod.run(
                 self._endpoint(job),
-                job.payload(lambda key: self._sign(key, job)),
+                payload,
                 webhook=self.webhooks.url(job.id, job.attempt),
                 policy=self.deadlines.policy(job),
                 timeout=timeout,
             )
         except TransientError as error:
-            return moves.give_back(job, error, now=self.clock.now(), rng=self.rng)
+            return moves.give_back(job, _unsigned(error), now=self.clock.now(), rng=self.rng)
         except IndeterminateError as error:
-            return moves.doubt(job, error, now=self.clock.now())
+            return moves.doubt(job, _unsigned(error), now=self.clock.now())
         except PermanentError as error:
-            return moves.fail(job, error, now=self.clock.now())
+            return moves.fail(job, _unsigned(error), now=self.clock.now())
         return moves.accept(job, runpod_job_id=run_id, runpod_status=status, now=self.clock.now())
 
     def _sign(self, key: str, job: Job) -> str:
@@ -307,6 +313,12 @@ def _age(text: str, now: datetime) -> timedelta:
         return now - jobs.from_text(text)
     except ValueError:
         return timedelta.max
+
+
+def _unsigned(error: ServiceError) -> ServiceError:
+    """RunPod may tell back what it was sent, in which links are signed."""
+    error.sentence = outputs.without_signatures(error.sentence)
+    return error
 
 
 def _never_answered() -> PermanentError:

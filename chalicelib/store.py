@@ -16,6 +16,7 @@ POLL_AGAIN = 12  # seconds; under the 15 s grid, so that every running job is lo
 SCHEMA_CHANGE = 5  # the last of the numbered changes to the schema that the queries need
 LOW_AHEAD = 8  # runs that wait for a worker, from which on jobs of low priority wait here
 LOW_WAIT = timedelta(minutes=10)  # for which they do; then they are like any other
+UPLOADS_LEFT_FOR = timedelta(minutes=15)  # after the last job that used them; longer than one may still be put
 NEWEST = ("9999", "")  # a cursor that comes before every row
 
 
@@ -112,6 +113,11 @@ class Store:
         names = ["create_jobs", "log_created", "file_metadata", "use_uploads", "keep_uploads", "select_uploads"]
         *_, usable, there = self._run([*names, "select_created"], values, timeout=timeout)
         return [Job.from_row(row) for row in there], uploads - {row["key"] for row in usable}
+
+    def made_under(self, key: str, *, timeout: float) -> list[Job]:
+        """The jobs that were made under an idempotency key, with id and request_hash, in their order."""
+        (rows,) = self._run(["select_created"], {"ids": "[]", "idempotency_key": key}, timeout=timeout)
+        return [Job.from_row(row) for row in rows]
 
     def claim(
         self, *, nonce: str, now: datetime, limits: Limits, lease: float, ignore_due: bool, timeout: float
@@ -245,7 +251,7 @@ class Store:
 
     def delete(self, ids: list[str], *, by: str, now: datetime, timeout: float) -> None:
         """Remove those of the rows that are marked, and what hangs on them; one line of each timeline stays."""
-        values = {"ids": json.dumps(ids), "by": by, "now": to_text(now)}
+        values = {"ids": json.dumps(ids), "by": by, "now": to_text(now), "free_at": to_text(now + UPLOADS_LEFT_FOR)}
         names = ["forget_metadata", "forget_timeline", "forget_deliveries", "forget_uploads", "free_uploads"]
         self._run([*names, "log_deleted", "delete_jobs"], values, timeout=timeout)
 

@@ -1,6 +1,7 @@
 """Pictures that go into jobs: offered to callers to be put, fetched from their links, looked at, and swept."""
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,12 +13,12 @@ from uuid import UUID
 from chalicelib import log, media
 from chalicelib.content import Content
 from chalicelib.d1 import D1
-from chalicelib.errors import RequestError, ServiceError
+from chalicelib.errors import RequestError, ServiceError, TransientError
 from chalicelib.fetch import Fetch
 from chalicelib.jobs import to_text
 from chalicelib.queries import bind
 from chalicelib.r2 import R2
-from chalicelib.results import UPLOADED
+from chalicelib.results import DOUBTED
 from chalicelib.runtime import Clock, Crew, Deadline
 
 MAX_BYTES = 20_000_000  # of one picture
@@ -27,7 +28,8 @@ FETCH_TIMEOUT = 8.0  # seconds for a picture behind a link
 D1_TIMEOUT = 8.0  # seconds
 THREADS = 8  # that look at pictures, or remove them, side by side
 SWEPT_AT_ONCE = 100
-PREFIX = UPLOADED
+PREFIX = "uploads/"
+SECRET_PARTS = re.compile(r"(?i)(?<=://)[^/?#]*@|[?#].*")
 TYPES = tuple(sorted({kind for _, kind in media.KINDS.values() if kind.startswith("image/")}))
 
 
@@ -116,7 +118,7 @@ class Uploads:
                 self.fetch.download(url, content, timeout=deadline.cap(FETCH_TIMEOUT))
                 kind = media.identify(content).kind
             except ServiceError as error:
-                raise _not_usable(url, f"cannot be used: {error.sentence}") from error
+                raise _why_not(url, error) from error
             if not kind.content_type.startswith("image/"):
                 raise _not_usable(url, "is no picture")
             self.bucket.put(key, content, content_type=kind.content_type, deadline=deadline)
@@ -137,6 +139,18 @@ def no_picture(key: str) -> RequestError:
     )
 
 
+def _why_not(url: str, error: ServiceError) -> ServiceError:
+    if error.code == "unknown_type":
+        return _not_usable(url, "is no picture")
+    if isinstance(error, TransientError) and error.code not in DOUBTED:
+        return TransientError("image_unavailable", f"The picture {_named(url)} cannot be had now: {error.sentence}")
+    return _not_usable(url, f"cannot be used: {error.sentence}")
+
+
 def _not_usable(one: str, why: str) -> RequestError:
-    named = one if one.startswith(PREFIX) else one.partition("?")[0]
-    return RequestError("image_unusable", f"The picture {named[:120]} {why.rstrip('.')}.")
+    return RequestError("image_unusable", f"The picture {_named(one)} {why.rstrip('.')}.")
+
+
+def _named(one: str) -> str:
+    """A key, or of a link what is no secret."""
+    return (one if one.startswith(PREFIX) else SECRET_PARTS.sub("", one))[:120]

@@ -11,15 +11,21 @@ import requests
 from standardwebhooks import Webhook, WebhookVerificationError
 from standardwebhooks import webhooks as standard
 
-from chalicelib import bootstrap, courier, settings
+from chalicelib import bootstrap, courier, jobs, outbox, settings
 from chalicelib.courier import DELAYS
 from chalicelib.errors import IndeterminateError, SettingError
 from chalicelib.jobs import from_text
+from chalicelib.outbox import OF_HOST
 from tests.conftest import Bench, call
 
 SECRETS = ("whsec_" + "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3", "whsec_" + "YWJjZGVmMDEyMzQ1Njc4OWFiY2RlZjAx")
 HOOK = "https://shop.example/hooks"
 CREATE = "/api/queue/create"
+TOLD = json.dumps({"id": "x", "outputs": [], "result_url": None, "result_r2_key": None})
+INSERT = (
+    "INSERT INTO deliveries (job_id, version, type, url, data, created_at, due_at) "
+    f"VALUES (?1, 1, 'job.done', ?2, '{TOLD}', ?3, ?3)"
+)
 FAILED = {"status": "FAILED", "error": "out of memory"}
 LONG = {"run_seconds": 900}
 
@@ -347,7 +353,7 @@ def test_what_came_of_a_try_is_not_written_by_who_has_lost_the_claim(client, ben
 
 def test_one_host_that_has_much_due_leaves_room_for_others(client, bench, receiver, wire):
     wire.add_callback("POST", "https://small.example/", callback=lambda request: (200, {}, ""))
-    for n in range(12):
+    for n in range(OF_HOST + 4):
         create(client, f"cat {n}")
     create(client, "a dog", url="https://small.example/")
     bench.round()
@@ -355,7 +361,49 @@ def test_one_host_that_has_much_due_leaves_room_for_others(client, bench, receiv
     claimed = bench.service.outbox.claim(nonce="a", now=bench.clock.now(), lease=60, timeout=5)
 
     hosts = [delivery.url.split("/")[2] for delivery in claimed]
-    assert (hosts.count("shop.example"), hosts.count("small.example")) == (8, 1)
+    assert (hosts.count("shop.example"), hosts.count("small.example")) == (OF_HOST, 1)
+    assert "small.example" in hosts[:2]
+
+
+def test_one_host_with_very_much_due_does_not_hide_what_is_new(client, bench, receiver, table, monkeypatch):
+    monkeypatch.setattr(outbox, "WINDOW", 5)
+    for n in range(12):
+        table(INSERT, f"old-{n}", HOOK, f"2026-01-31T00:00:{n:02d}.000Z")
+    table(INSERT, "new", "https://small.example/", "2026-01-31T01:00:00.000Z")
+
+    claimed = bench.service.outbox.claim(nonce="a", now=bench.clock.now(), lease=60, timeout=5)
+
+    assert "new" in [delivery.job_id for delivery in claimed]
+
+
+def test_much_that_is_due_is_told_in_one_run(client, bench, receiver, table):
+    for n in range(120):
+        table(INSERT, f"job-{n}", HOOK, "2026-01-31T00:00:00.000Z")
+
+    assert bench.service.courier.run(bench.deadline()) == 120
+    assert {one["status"] for one in table("SELECT status FROM deliveries")} == {"delivered"}
+
+
+def test_a_receiver_that_does_not_answer_is_left_alone_for_a_minute(client, bench, receiver, table):
+    receiver.answers = [requests.ReadTimeout("slow")] * 99
+    for n in range(40):
+        table(INSERT, f"job-{n}", HOOK, "2026-01-31T00:00:00.000Z")
+
+    tried = bench.service.courier.run(bench.deadline(20))
+
+    found = table("SELECT tries, due_at, log FROM deliveries")
+    assert tried == len(receiver.got) <= courier.THREADS
+    assert sum(one["tries"] for one in found) == tried
+    assert all(one["due_at"] > jobs.to_text(bench.clock.now()) for one in found)
+
+
+def test_a_message_that_cannot_be_made_is_a_failed_try(client, bench, receiver, table):
+    table(INSERT.replace("outputs", "puts"), "a", HOOK, "2026-01-31T00:00:00.000Z")
+
+    bench.service.courier.run(bench.deadline(20))
+
+    assert (row(table, "tries"), row(table, "status")) == (1, "pending")
+    assert "could not be sent" in json.loads(row(table, "log"))[0]["error"]
 
 
 def test_a_slow_receiver_delays_no_round(client, bench, receiver):
@@ -453,7 +501,7 @@ def test_there_is_no_such_delivery(client, bench, receiver, n):
     status, answer, _ = call(client, "POST", f"/api/jobs/{job_id}/deliveries/{n}/replay")
 
     assert (status, answer["code"]) == (404, "delivery_not_found")
-    assert len(receiver.got) == 1
+    assert (len(receiver.got), deliveries(client, job_id)[0]["status"]) == (1, "delivered")
 
 
 def test_a_job_that_is_not_there_has_no_deliveries(client, bench):

@@ -113,6 +113,7 @@ def test_every_code_that_can_end_a_job_is_in_the_table():
             "pipeline",
             "removal",
             "settings",
+            "uploads",
             "verbs",
             "wire",
         ):

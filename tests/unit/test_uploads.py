@@ -161,10 +161,9 @@ def test_one_picture_of_many_jobs_is_looked_at_once(client, bench, outside, wire
 @pytest.mark.parametrize(
     ("body", "status", "says"),
     [
-        (b"<html>not a picture</html>", 200, "no image"),
+        (b"<html>not a picture</html>", 200, "no picture"),
         (b"", 200, "empty"),
         (b"gone", 404, "404"),
-        (b"later", 503, "503"),
         (b"\x00\x00\x00\x20ftypisom" + bytes(100), 200, "no picture"),
     ],
 )
@@ -178,6 +177,21 @@ def test_a_link_that_leads_to_no_picture_is_refused_and_nothing_is_made(
     assert (code, answer["code"]) == (400, "image_unusable")
     assert says in answer["error"]
     assert (jobs(table), cloud.runpod.inputs()) == ([], [])
+
+
+def test_a_link_whose_host_fails_may_be_tried_again(client, bench, outside, table):
+    outside(b"later", 503)
+
+    status, answer, _ = create(client, image_url=PICTURE)
+
+    assert (status, answer["code"]) == (503, "image_unavailable")
+    assert jobs(table) == []
+
+
+def test_no_sentence_has_the_secrets_of_a_link(client, bench, wire):
+    link = PICTURE.replace("://", "://me:geheim@") + "?token=geheim"
+
+    assert "geheim" not in json.dumps(create(client, image_url=link)[1])
 
 
 def test_a_picture_that_is_too_large_is_refused(client, bench, outside, monkeypatch, table):
@@ -295,6 +309,25 @@ def test_the_same_request_again_is_answered_though_the_link_leads_nowhere_by_now
     assert len(cloud.runpod.inputs()) == 1
 
 
+def test_the_same_request_again_fetches_nothing_anew(client, bench, outside, wire, monkeypatch):
+    create(client, "key-1", image_url=PICTURE)
+    monkeypatch.setattr(R2, "put", None)
+
+    assert create(client, "key-1", image_url=PICTURE)[0] == 200
+    assert len([made for made in wire.calls if made.request.url == PICTURE]) == 1
+    assert create(client, "key-1", image_url=PICTURE, prompt="rain")[1]["code"] == "idempotency_conflict"
+
+
+@pytest.mark.parametrize("there", [None, b"no picture"])
+def test_a_key_does_not_get_a_picture_past_the_look_at_it(client, bench, cloud, table, there):
+    key = offer(client)[1]["key"] if there is None else put(bench, client, there)
+
+    status, _, _ = create(client, "key-1", image_key=key)
+
+    assert status == 400
+    assert (jobs(table), cloud.runpod.inputs()) == ([], [])
+
+
 def test_a_new_key_with_a_link_that_leads_nowhere_says_what_is_wrong(client, bench, outside, table):
     outside(b"gone", 404)
 
@@ -347,6 +380,8 @@ def test_a_picture_is_swept_when_the_last_job_that_uses_it_is_deleted(client, be
     clock.advance(90_000)
     assert bench.service.uploads.sweep(bench.deadline()) == 0
     call(client, "DELETE", f"/api/jobs/{ids[1]}")
+    assert bench.service.uploads.sweep(bench.deadline()) == 0  # an address to put it may still hold
+    clock.advance(901)
     assert bench.service.uploads.sweep(bench.deadline()) == 1
 
     assert key not in bench.objects()
@@ -385,14 +420,24 @@ def test_an_object_that_could_not_be_removed_is_by_the_next_sweep(client, bench,
 # What a worker gives back
 
 
-def test_a_worker_that_returns_only_what_it_was_given_has_drawn_nothing(client, bench, cloud):
-    key = put(bench, client)
-    job_id = bench.create(simulate={"output": {"image_url": bench.service.bucket.presign(key, seconds=60)}})
+@pytest.mark.parametrize(
+    ("output", "code"),
+    [
+        ({"image_url": "LINK"}, "no_output"),
+        (["LINK"], "no_output"),
+        ({"output": [], "source": "LINK"}, "no_output"),
+        ({"error": "CUDA out of memory", "image_url": "LINK"}, "worker_failed"),
+    ],
+)
+def test_a_worker_that_returns_only_what_it_was_given_has_drawn_nothing(client, bench, cloud, output, code):
+    link = bench.service.bucket.presign(put(bench, client), seconds=60)
+    output = json.loads(json.dumps(output).replace("LINK", link))
+    job_id = bench.create(simulate={"output": output})
 
     bench.round()
 
     job = bench.job(job_id)
-    assert (job.status, job.error_code) == ("error", "input_returned")
+    assert (job.status, job.error_code) == ("error", code)
     assert "X-Amz" not in (job.error_message or "")
 
 
@@ -405,3 +450,58 @@ def test_it_counts_for_nothing_beside_a_result(client, bench, cloud):
     bench.round()
 
     assert (bench.job(job_id).status, len(bench.job(job_id).files)) == ("done", 1)
+
+
+# What must not be told
+
+
+def test_a_link_that_runpod_tells_back_is_shown_without_its_signature(client, bench, faults, table):
+    faults.add(r"POST .*/run$", (400, {"error": "bad input https://r2.example/x.png?X-Amz-Signature=deadbeef"}))
+
+    job_id = create(client, image_key=put(bench, client))[1]["id"]
+
+    assert bench.job(job_id).error_code == "runpod_refused"
+    assert "deadbeef" not in json.dumps([table("SELECT * FROM jobs"), table("SELECT * FROM job_events")])
+
+
+def test_an_input_that_cannot_be_made_is_sent_later_not_taken_for_sent(client, bench, cloud, monkeypatch):
+    key = put(bench, client)
+    presign = R2.presign
+
+    def breaks(self, *args, **options):
+        raise ValueError("no keys")
+
+    monkeypatch.setattr(R2, "presign", breaks)
+    job_id = create(client, image_key=key)[1]["id"]
+    assert (bench.job(job_id).step, cloud.runpod.inputs()) == ("submit", [])
+    monkeypatch.setattr(R2, "presign", presign)
+    bench.round(after=60)
+
+    assert len(cloud.runpod.inputs()) == 1
+
+
+@pytest.fixture
+def anonymous(bench):
+    object.__setattr__(bench.service.settings, "allow_anonymous", True)
+    object.__setattr__(bench.service.courier, "secrets", ("whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3",))
+    return {"auth": {}}
+
+
+@pytest.mark.parametrize("given", [{"image_url": PICTURE}, {"image_key": "uploads/2026/01/31/0000-0000"}])
+def test_without_a_key_nothing_is_fetched(client, bench, outside, wire, anonymous, given):
+    status, answer, _ = call(client, "POST", CREATE, {"model": EDIT, "prompt": "x", **given}, **anonymous)
+
+    assert (status, answer["code"]) == (401, "unauthorized")
+    assert not [made for made in wire.calls if made.request.url == PICTURE]
+
+
+def test_without_a_key_no_callback_is_made_and_none_is_shown(client, bench, anonymous):
+    order = {"model": EDIT, "prompt": "x", "callback_url": "https://shop.example/?token=geheim"}
+    job_id = create(client, image_key=put(bench, client), callback_url=order["callback_url"])[1]["id"]
+
+    refused = call(client, "POST", CREATE, {**order, "model": "qwen-image"}, **anonymous)
+    _, shown, _ = call(client, "GET", f"/api/queue/status/{job_id}", **anonymous)
+
+    assert (refused[0], refused[1]["code"]) == (401, "unauthorized")
+    assert (shown["callback_url"], shown["pictures"]) == (None, [])
+    assert call(client, "GET", f"/api/queue/status/{job_id}")[1]["callback_url"] == order["callback_url"]
