@@ -288,6 +288,27 @@ def test_r2_refuses_a_link_whose_time_is_over(bucket, monkeypatch):
     assert requests.get(still_good, timeout=5).status_code == 200
 
 
+def test_r2_takes_a_picture_at_the_address_made_for_it_and_gives_its_beginning(bucket, s3_engine):
+    url = bucket.presign_put("uploads/a", content_type="image/png", size=len(PICTURE), seconds=60)
+
+    taken = requests.put(url, data=PICTURE, headers={"Content-Type": "image/png"}, timeout=5)
+
+    assert taken.status_code == 200
+    assert bucket.beginning("uploads/a", 8, deadline=deadline()) == (PICTURE[:8], len(PICTURE))
+    assert bucket.beginning("uploads/a", 8192, deadline=deadline()) == (PICTURE, len(PICTURE))
+
+
+@pytest.mark.parametrize(("data", "code"), [(None, "link_not_found"), (b"", "r2_empty")])
+def test_what_is_not_there_or_empty_has_no_beginning(bucket, s3_engine, data, code):
+    if data is not None:
+        s3_engine.client.put_object(Bucket=s3_engine.bucket, Key="uploads/a", Body=data)
+
+    with pytest.raises(TransientError) as error:
+        bucket.beginning("uploads/a", 8192, deadline=deadline())
+
+    assert error.value.code == code
+
+
 @pytest.fixture
 def upload_url(s3_engine):
     """Make an address at which anybody may put a PNG of three bytes, once or often."""
