@@ -11,14 +11,14 @@ SERVICE = ROOT / "chalicelib"
 # From the ground up; a module may import only from those in lines above its own.
 LAYERS = [
     {"errors"},
-    {"retry", "runtime", "parameters", "connection", "boxes", "inline", "webhooks", "auth", "models", "progress"},
+    {"retry", "runtime", "parameters", "connection", "boxes", "inline", "webhooks", "auth", "models"},
     {"settings", "credentials"},
     {"advice", "catalogue"},
     {"wire", "jobs", "content"},
     {"media", "deadlines", "moves"},
     {"names"},
     {"d1", "runpod", "fetch", "r2", "outputs", "log"},
-    {"queries", "attempts", "spool"},
+    {"queries", "attempts", "spool", "progress"},
     {"store", "results", "outbox", "reasons"},
     {"reads", "steps", "health", "removal", "uploads"},
     {"saver", "views", "waiting", "stats"},
