@@ -23,6 +23,7 @@ from chalicelib.jobs import (
     Change,
     File,
     Job,
+    State,
     from_text,
     to_text,
 )
@@ -88,6 +89,8 @@ def accept(job: Job, *, runpod_job_id: str, runpod_status: str, now: datetime, a
         submitted_at=to_text(now),
         due_at=to_text(now),
         failures=0,
+        # At submit it was given up for lost; the table does the same.
+        uncosted=max(0, job.uncosted - 1) if job.state is State.SUBMIT else job.uncosted,
     )
 
 

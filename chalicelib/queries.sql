@@ -886,8 +886,12 @@ SELECT id FROM jobs WHERE created_at > :since ORDER BY created_at DESC, id DESC 
 
 
 -- name: count_by_status
--- How many of them have each status, and when the first of them was made.
-SELECT status, count(*) AS jobs, min(created_at) AS first FROM jobs WHERE id IN ({latest}) GROUP BY +status
+-- How many of them have each status, what they have cost, and when the first of them was made.
+SELECT
+  status, count(*) AS jobs, min(created_at) AS first, sum(cost) AS cost, sum(wasted) AS wasted, sum(uncosted) AS uncosted
+FROM jobs
+WHERE id IN ({latest})
+GROUP BY +status
 
 
 -- name: measure_spans
