@@ -6,17 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from chalicelib.models import PICTURE, PROMPT, SLOT, Model, Models, malformed, texts
+from chalicelib.models import MAX_PROMPT_CHARS, PICTURE, PROMPT, SLOT, Model, Models, malformed, texts
 from chalicelib.settings import MAX_DEADLINE
 
 FILE = Path(__file__).with_name("models.json")
 MAX_NAME_CHARS = 200
 
 TYPES = ("string", "integer", "number", "boolean")
-OF_SLOT = {
-    "type", "title", "description", "default", "random", "enum", "minimum", "maximum", "multipleOf", "minLength",
-    "maxLength", "contentMediaType",
-}  # fmt: skip
 
 
 def load(path: Path | None = None) -> Models:
@@ -55,9 +51,8 @@ def _model(name: str, entry: Any) -> Model:
     )
     of_time = {"start": _deadline, "run": _deadline, "total": _deadline}
     deadlines = _fields(f"{where}.deadlines", told.get("deadlines", {}), of_time)
-    slots, template = told.get("slots", {}), told.get("input")
-    for slot, described in slots.items():
-        _check_slot(f"{where}.slots.{slot}", slot, described)
+    slots = {slot: _slot(f"{where}.slots.{slot}", slot, given) for slot, given in told.get("slots", {}).items()}
+    template = told.get("input")
     _check_template(where, slots, template)
     return Model(
         name=name,
@@ -105,8 +100,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
 
 
+def _number(value: Any) -> str | None:
+    return None if _is_number(value) else "must be a number"
+
+
 def _positive(value: Any) -> str | None:
-    return None if _is_number(value) and value > 0 else "must be a number of seconds over 0"
+    return None if _is_number(value) and value > 0 else "must be a number over 0"
 
 
 def _price(value: Any) -> str | None:
@@ -114,28 +113,78 @@ def _price(value: Any) -> str | None:
 
 
 def _deadline(value: Any) -> str | None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return None if whole and 60 <= value <= MAX_DEADLINE else f"must be a whole number of 60 to {MAX_DEADLINE} seconds"
+    allowed = _is_whole(value) and 60 <= value <= MAX_DEADLINE
+    return None if allowed else f"must be a whole number of 60 to {MAX_DEADLINE} seconds"
 
 
-def _check_slot(where: str, name: str, slot: Any) -> None:
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _length(value: Any) -> str | None:
+    return None if _is_whole(value) and value >= 0 else "must be a whole number, 0 or more"
+
+
+def _type(value: Any) -> str | None:
+    return None if value in TYPES else f"must be one of {_listed(TYPES)}"
+
+
+def _flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "must be true or false"
+
+
+def _list(value: Any) -> str | None:
+    return None if isinstance(value, list) and value else "must be a list of what is allowed"
+
+
+def _picture(value: Any) -> str | None:
+    return None if value == PICTURE else f"must be {PICTURE}"
+
+
+def _anything(value: Any) -> None:
+    return None
+
+
+OF_SLOT = {
+    "type": _type,
+    "title": _text,
+    "description": _text,
+    "default": _anything,
+    "random": _flag,
+    "enum": _list,
+    "minimum": _number,
+    "maximum": _number,
+    "multipleOf": _positive,
+    "minLength": _length,
+    "maxLength": _length,
+    "contentMediaType": _picture,
+}
+
+
+def _slot(where: str, name: str, given: Any) -> dict[str, Any]:
     if not re.fullmatch(r"\w{1,40}", name):
         raise malformed(f"{where}: a slot's name is made of letters, digits and underscores")
-    if problem := _object(slot):
-        raise malformed(f"{where} {problem}")
-    if unknown := sorted(slot.keys() - OF_SLOT):
-        raise malformed(f"{where} has {unknown[0]!r}; there are {_listed(sorted(OF_SLOT))}")
-    if slot.get("type") not in TYPES:
-        raise malformed(f"{where}.type must be one of {_listed(TYPES)}")
-    bounds = (slot.get("minimum"), slot.get("maximum"))
-    if slot.get("random") and not (slot["type"] == "integer" and all(isinstance(bound, int) for bound in bounds)):
-        raise malformed(f"{where}: only an integer with minimum and maximum can be random")
-    if (None not in bounds and not all(map(_is_number, bounds))) or (None not in bounds and bounds[0] > bounds[1]):
-        raise malformed(f"{where}: minimum must be a number, and no more than maximum")
-    if "contentMediaType" in slot and (slot["contentMediaType"], slot["type"]) != (PICTURE, "string"):
-        raise malformed(f"{where}: a slot for a picture is a string with contentMediaType {PICTURE}")
-    if name == PROMPT and slot["type"] != "string":
-        raise malformed(f"{where}.type must be string")
+    slot = _fields(where, given, OF_SLOT)
+    if "type" not in slot:
+        raise malformed(f"{where}.type is missing")
+    if problem := _discord(name, slot):
+        raise malformed(f"{where}: {problem}")
+    return slot
+
+
+def _discord(name: str, slot: Mapping[str, Any]) -> str | None:
+    """What of a slot does not go together."""
+    kind, low, high = slot["type"], slot.get("minimum"), slot.get("maximum")
+    if low is not None and high is not None and low > high:
+        return "minimum must be no more than maximum"
+    drawn = kind == "integer" and isinstance(low, int) and isinstance(high, int) and "default" not in slot
+    if slot.get("random") and not drawn:
+        return "only an integer with minimum and maximum, and without a default, can be random"
+    if "contentMediaType" in slot and (kind != "string" or name == PROMPT or "default" in slot):
+        return f"a slot for a picture is a string without a default, and not {PROMPT}"
+    if name == PROMPT and (kind != "string" or slot.get("maxLength", 0) > MAX_PROMPT_CHARS):
+        return f"it must be a string of at most {MAX_PROMPT_CHARS} characters"
+    return None
 
 
 def _check_template(where: str, slots: Mapping[str, Any], template: Any) -> None:

@@ -12,13 +12,12 @@ from chalice.app import MultiDict, Request
 from chalicelib import jobs, uploads
 from chalicelib.errors import RequestError, no_such_job
 from chalicelib.jobs import DEFAULT_MODEL, LOW, NORMAL
-from chalicelib.models import PROMPT, Model, Models
+from chalicelib.models import MAX_PROMPT_CHARS, PROMPT, Model, Models
 from chalicelib.settings import MAX_DEADLINE
 from chalicelib.store import NEWEST
 
 MAX_BODY_BYTES = 512 * 1024
 MAX_DEPTH = 100  # objects and lists in each other; what reads them on the way recurses
-MAX_PROMPT_CHARS = 10_000
 MAX_MODEL_CHARS = 200
 MAX_ID_CHARS = 200
 MAX_JOBS = 100  # in one create
@@ -126,7 +125,7 @@ def _read_for_template(body: dict[str, Any], model: Model) -> dict[str, Any]:
     if any("\0" in value for value in (slots or {}).values() if isinstance(value, str)):
         raise RequestError("slots_invalid", "A value in slots must not contain the NUL character.")
     optional = "default" in model.slots.get(PROMPT, {"default": ""})
-    prompt = "" if optional and not body.get("prompt") else _read_prompt(body.get("prompt"))
+    prompt = "" if optional and body.get("prompt") is None else _read_prompt(body.get("prompt"))
     return {
         "prompt": prompt,
         "payload": None,

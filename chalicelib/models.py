@@ -18,6 +18,14 @@ from chalicelib.errors import RequestError, SettingError
 SLOT = re.compile(r"\{\{(\w+)\}\}")
 PROMPT = "prompt"  # the slot that the field `prompt` fills
 PICTURE = "image/*"  # the contentMediaType of a slot for a picture
+MAX_PROMPT_CHARS = 10_000
+# What every prompt must be, whatever its slot says beside: not blank, and without NUL.
+ANY_PROMPT = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": MAX_PROMPT_CHARS,
+    "pattern": r"^[^\u0000]*[^\s\u0000\u001c-\u001f\u0085][^\u0000]*$",
+}
 
 # Where the pictures of a job stand in its input.
 Place = list[str | int]
@@ -54,15 +62,15 @@ class Model:
     @property
     def schema(self) -> dict[str, Any]:
         """What a request must give, in JSON Schema; the prompt and the pictures have fields of their own in it."""
-        slots = self.slots if self.template is not None else {PROMPT: {"type": "string", "minLength": 1}}
+        slots = self.slots if self.template is not None else {PROMPT: ANY_PROMPT}
         required = [name for name, slot in slots.items() if "default" not in slot and not slot.get("random")]
-        properties = {name: dict(slot) for name, slot in slots.items()}
+        properties = {name: {**ANY_PROMPT, **slot} if name == PROMPT else slot for name, slot in slots.items()}
         return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
     def read(self, prompt: str, slots: Mapping[str, Any]) -> dict[str, Any]:
         """
         The values of all slots but those for pictures and those that are random. Raises RequestError `slots_invalid`,
-        whose sentence names the slot, or SettingError where the file itself is wrong.
+        whose sentence names the slot.
         """
         given = {name: value for name, value in slots.items() if value is not None}
         if unknown := sorted(given.keys() - self.free_slots.keys()):
@@ -174,10 +182,8 @@ def _check(model: str, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> d
             missing = next(name for name in required if name not in given)
             raise RequestError("slots_invalid", f"slots.{missing} is missing; {model} needs it.") from error
         named = error.message.removeprefix("data.")
-        field = named if named.startswith(PROMPT) else f"slots.{named}"
+        field = named if error.path[1] == PROMPT else f"slots.{named}"
         raise RequestError("slots_invalid", f"{field[:300]}.") from error
-    except fastjsonschema.JsonSchemaDefinitionException as error:
-        raise malformed(f"models.{model}.slots: {error}") from error
     return checked
 
 

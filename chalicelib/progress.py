@@ -24,7 +24,8 @@ def read(output: Any) -> str | None:
         return None
     text = outputs.without_signatures(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     fraction = _of_text(text) if isinstance(value, str) else _of_number(name, value)
-    return json.dumps({"text": text[:MAX_CHARS], "fraction": fraction}, ensure_ascii=False)
+    shown = outputs.without_signatures(text).encode("utf-8", "replace").decode()[:MAX_CHARS]
+    return json.dumps({"text": shown, "fraction": fraction}, ensure_ascii=False)
 
 
 def _value(output: Any) -> tuple[str, Any]:
@@ -41,8 +42,9 @@ def _is_told(value: Any) -> bool:
 
 def _of_number(name: str, value: float) -> float | None:
     """A share of 1, or of 100 where the name or the number says so."""
-    share = value / 100 if value > 1 or name.startswith("percent") else value
-    return round(share, 3) if 0 <= share <= 1 else None
+    if not 0 <= value <= 100:
+        return None
+    return round(value / 100 if value > 1 or name.startswith("percent") else value, 3)
 
 
 def _of_text(text: str) -> float | None:

@@ -177,7 +177,7 @@ UPDATE jobs
 SET
   step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
   runpod_job_id = NULL, runpod_status = NULL, claimer = :nonce, due_at = :unknown_at, updated_at = :now,
-  endpoint_id = coalesce((SELECT own.value FROM json_each(:endpoints) AS own WHERE own.key = jobs.model), :endpoint_id),
+  endpoint_id = coalesce((SELECT own.value FROM json_each(:endpoints) AS own WHERE own.key = coalesce(jobs.model, 'qwen-image')), :endpoint_id),
   deadline_at = coalesce(deadline_at, :deadline_at)
 WHERE id IN (
   SELECT id
@@ -229,7 +229,7 @@ UPDATE jobs
 SET
   step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
   runpod_job_id = NULL, runpod_status = NULL, claimer = :nonce, due_at = :unknown_at, updated_at = :now,
-  endpoint_id = coalesce((SELECT own.value FROM json_each(:endpoints) AS own WHERE own.key = jobs.model), :endpoint_id),
+  endpoint_id = coalesce((SELECT own.value FROM json_each(:endpoints) AS own WHERE own.key = coalesce(jobs.model, 'qwen-image')), :endpoint_id),
   deadline_at = coalesce(deadline_at, :deadline_at)
 WHERE id = coalesce(:id, (
     SELECT id FROM jobs WHERE status = 'queued' AND step = 'submit' AND cancel_at IS NULL ORDER BY created_at, id LIMIT 1
@@ -903,8 +903,12 @@ SELECT id FROM jobs WHERE created_at > :since ORDER BY created_at DESC, id DESC 
 
 
 -- name: count_by_status
--- How many of them have each status, and when the first of them was made.
-SELECT status, count(*) AS jobs, min(created_at) AS first FROM jobs WHERE id IN ({latest}) GROUP BY +status
+-- How many of them have each status, what they have cost, and when the first of them was made.
+SELECT
+  status, count(*) AS jobs, min(created_at) AS first, sum(cost) AS cost, sum(wasted) AS wasted, sum(uncosted) AS uncosted
+FROM jobs
+WHERE id IN ({latest})
+GROUP BY +status
 
 
 -- name: measure_spans

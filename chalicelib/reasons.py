@@ -11,6 +11,7 @@ from chalicelib.runpod import Runpod
 from chalicelib.runtime import Clock
 
 KEPT_SECONDS = 10.0  # for which RunPod's counts of an endpoint stand
+SLOW_SECONDS = 1.0  # for an answer, after which no other endpoint is asked for so long
 HEALTH_TIMEOUT = 2.0  # seconds; a page that lists jobs waits for it
 COUNTED_AHEAD = 200  # jobs before one in our queue, from which on they are not counted further
 
@@ -21,14 +22,7 @@ PAUSED_AFTER = timedelta(minutes=10)
 ANSWERED_WITHIN = timedelta(seconds=30)  # to /run, or its answer is lost
 
 Reason = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Counts:
-    """An endpoint as RunPod tells of it: workers by their state, and the runs that wait there."""
-
-    workers: dict[str, int]
-    queued: int
+Workers = dict[str, int]  # of an endpoint, by their state
 
 
 @dataclass(kw_only=True)
@@ -39,7 +33,8 @@ class Reasons:
     default_endpoint_id: str
     submit_unknown_wait: float
     clock: Clock
-    _kept: dict[str, tuple[float, Counts | None]] = field(default_factory=dict, init=False)
+    _kept: dict[str, tuple[float, Workers | None]] = field(default_factory=dict, init=False)
+    _slow_until: float = field(default=0.0, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def of(self, job: Job) -> Reason | None:
@@ -48,7 +43,7 @@ class Reasons:
         job that is being drawn, or has ended.
         """
         now = self.clock.now()
-        if job.cancel_at and job.step:
+        if job.cancel_at and job.state in (State.SUBMIT, State.SUBMITTING, State.POLL):
             return _reason("cancelling", "It is cancelled as soon as RunPod has stopped its run.")
         match job.state:
             case State.SUBMIT:
@@ -56,7 +51,7 @@ class Reasons:
             case State.SUBMITTING:
                 return self._being_sent(job, now)
             case State.POLL if job.runpod_status == IN_QUEUE or not job.runpod_status:
-                return _at_runpod(self._counts(job), _since(job.submitted_at, now))
+                return _at_runpod(self._workers(job), _since(job.submitted_at, now))
             case State.STORE:
                 return _being_stored(job, now)
         return None
@@ -66,25 +61,30 @@ class Reasons:
             return _reason(
                 "answer_lost",
                 "RunPod's answer to sending it was lost. It may be drawing, so it is sent again only after a wait.",
-                until=job.due_at,
+                until=job.due_at or None,  # '' in rows of the earlier version
             )
         return _reason("sending", "It is just being sent to RunPod.")
 
-    def _counts(self, job: Job) -> Counts | None:
+    def _workers(self, job: Job) -> Workers | None:
         endpoint = job.endpoint_id or self.default_endpoint_id
         with self._lock:
-            until, counts = self._kept.get(endpoint, (0.0, None))
+            until, workers = self._kept.get(endpoint, (0.0, None))
             if until <= self.clock.monotonic():
-                counts = self._ask(endpoint)
-                self._kept[endpoint] = (self.clock.monotonic() + KEPT_SECONDS, counts)
-        return counts
+                workers = self._ask(endpoint)
+                self._kept[endpoint] = (self.clock.monotonic() + KEPT_SECONDS, workers)
+        return workers
 
-    def _ask(self, endpoint: str) -> Counts | None:
-        try:
-            workers, jobs = self.runpod.health(endpoint, timeout=HEALTH_TIMEOUT)
-        except ServiceError:
+    def _ask(self, endpoint: str) -> Workers | None:
+        begun = self.clock.monotonic()
+        if begun < self._slow_until:
             return None
-        return Counts(workers, jobs.get("inQueue", 0))
+        try:
+            workers, _ = self.runpod.health(endpoint, timeout=HEALTH_TIMEOUT)
+        except ServiceError:
+            workers = None
+        if self.clock.monotonic() - begun > SLOW_SECONDS:  # a page with many endpoints would add that up
+            self._slow_until = self.clock.monotonic() + KEPT_SECONDS
+        return workers
 
 
 def _reason(code: str, sentence: str, *, place: int | None = None, until: str | None = None) -> Reason:
@@ -115,11 +115,10 @@ def _times(number: int) -> str:
     return "once" if number == 1 else f"{number} times in a row"
 
 
-def _at_runpod(counts: Counts | None, waited: timedelta) -> Reason:
+def _at_runpod(there: Workers | None, waited: timedelta) -> Reason:
     """What RunPod's counts mean for a run that waits there; a worker that idles is counted as ready, too."""
-    if counts is None:
+    if there is None:
         return _reason("runpod_queue", "It waits at RunPod for a worker; RunPod does not say just now how that looks.")
-    there = counts.workers
     if there.get("running", 0) or there.get("ready", 0) or there.get("idle", 0):
         return _reason("runpod_queue", "It waits in RunPod's queue until a worker is free.")
     if there.get("initializing", 0):

@@ -51,7 +51,7 @@ class Stats:
             "success_rate": _rate(jobs["done"], jobs["error"]),
             "milliseconds": _spans({row["span"]: row for row in spans}),
             "costs": [_cost(row) for row in costs],
-            "cost": _sum(costs),
+            "cost": _sum(counted),
         }
 
 
