@@ -93,8 +93,6 @@ def accept(job: Job, *, runpod_job_id: str, runpod_status: str, now: datetime, a
         uncosted=max(0, job.uncosted - 1) if job.state is State.SUBMIT else job.uncosted,
         due_at=to_text(now),
         failures=0,
-        # At submit it was given up for lost; the table does the same.
-        uncosted=max(0, job.uncosted - 1) if job.state is State.SUBMIT else job.uncosted,
     )
 
 
