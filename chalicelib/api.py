@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from chalice.app import Request, Response
 
-from chalicelib import advice, answers, filters, inputs, jobs, log
+from chalicelib import advice, answers, filters, inputs, jobs, log, orders
 from chalicelib.answers import ANONYMOUS, Answer, Call, route
 from chalicelib.auth import Right
 from chalicelib.bootstrap import service
@@ -75,7 +75,7 @@ def list_models(call: Call) -> Answer:
 @route(Right.WRITE)
 def offer_upload(call: Call) -> Answer:
     """Where a picture may be put, and its key."""
-    content_type, size = inputs.read_upload(inputs.read_body(call.request))
+    content_type, size = orders.read_upload(inputs.read_body(call.request))
     deadline = Deadline(call.service.clock, REQUEST_SECONDS)
     return call.service.uploads.offer(content_type=content_type, size=size, deadline=deadline)
 
@@ -84,8 +84,8 @@ def offer_upload(call: Call) -> Answer:
 def create_job(call: Call) -> Answer:
     """Queue a job, or several at once, and send them to RunPod."""
     body = inputs.read_body(call.request)
-    wanted, listed = inputs.read_new_jobs(body, call.service.models)
-    key, request_hash = inputs.read_idempotency_key(call.request), inputs.hash_of(body)
+    wanted, listed = orders.read_new_jobs(body, call.service.models)
+    key, request_hash = orders.read_idempotency_key(call.request), orders.hash_of(body)
     deadline = Deadline(call.service.clock, REQUEST_SECONDS)
     _check_addresses(call, wanted)
     ids = _made_before(call, wanted, key, request_hash, deadline)

@@ -109,6 +109,7 @@ def test_every_code_that_can_end_a_job_is_in_the_table():
             "filters",
             "health",
             "inputs",
+            "orders",
             "parameters",
             "pipeline",
             "removal",

@@ -26,7 +26,7 @@ LAYERS = [
     {"pipeline"},
     {"verbs"},
     {"bootstrap", "inputs"},
-    {"answers", "filters"},
+    {"answers", "filters", "orders"},
     {"api"},
 ]
 CLIENTS = {"wire", "d1", "runpod", "fetch", "r2", "spool", "parameters"}
@@ -88,6 +88,7 @@ def test_only_the_edge_knows_chalice():
         "api",
         "filters",
         "inputs",
+        "orders",
     }
 
 

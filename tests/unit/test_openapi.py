@@ -8,7 +8,7 @@ from jsonschema_rs import ValidationError
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 import app
-from chalicelib import api, filters, inputs, jobs, reads, settings, verbs
+from chalicelib import api, filters, inputs, jobs, orders, reads, settings, verbs
 from chalicelib.auth import Right
 from chalicelib.errors import REQUEST_STATUS
 from tests import openapi
@@ -124,15 +124,15 @@ def test_the_limits_are_those_of_the_code():
     metadata = SCHEMAS["Metadata"]
     deadline, model = wanted["deadline"], SCHEMAS["Model"]
 
-    assert wanted.keys() == set(inputs.JOB_FIELDS)
-    assert (wanted["prompt"]["maxLength"], model["maxLength"]) == (inputs.MAX_PROMPT_CHARS, inputs.MAX_MODEL_CHARS)
+    assert wanted.keys() == set(orders.JOB_FIELDS)
+    assert (wanted["prompt"]["maxLength"], model["maxLength"]) == (orders.MAX_PROMPT_CHARS, inputs.MAX_MODEL_CHARS)
     assert wanted["model"]["default"] == jobs.DEFAULT_MODEL
     assert wanted["priority"]["enum"] == [jobs.NORMAL, jobs.LOW, None]
-    assert (deadline["minimum"], deadline["maximum"]) == (inputs.MIN_DEADLINE, settings.MAX_DEADLINE)
+    assert (deadline["minimum"], deadline["maximum"]) == (orders.MIN_DEADLINE, settings.MAX_DEADLINE)
     assert metadata["maxProperties"] == inputs.MAX_METADATA
     assert metadata["additionalProperties"]["maxLength"] == inputs.MAX_METADATA_CHARS
     assert metadata["propertyNames"]["pattern"] == f"^{inputs.METADATA_KEY}$"
-    assert SCHEMAS["NewJobs"]["properties"]["jobs"]["maxItems"] == inputs.MAX_JOBS
+    assert SCHEMAS["NewJobs"]["properties"]["jobs"]["maxItems"] == orders.MAX_JOBS
     assert f"{inputs.MAX_BODY_BYTES // 1024} kB" in DOCUMENT["info"]["description"]
 
 

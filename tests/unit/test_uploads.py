@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from PIL import Image
 
-from chalicelib import bootstrap, inputs, uploads
+from chalicelib import bootstrap, orders, uploads
 from chalicelib.errors import TransientError
 from chalicelib.r2 import R2
 from tests.conftest import BUCKET, Bench, call
@@ -274,7 +274,7 @@ def check(answered):
 
 
 def test_no_more_than_twenty_pictures_in_one_create(client, bench):
-    made = [{"model": EDIT, "prompt": "x", "image_url": f"{PICTURE}?{n}"} for n in range(inputs.MAX_PICTURES + 1)]
+    made = [{"model": EDIT, "prompt": "x", "image_url": f"{PICTURE}?{n}"} for n in range(orders.MAX_PICTURES + 1)]
 
     status, answer, _ = call(client, "POST", CREATE, {"jobs": made})
 
