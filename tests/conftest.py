@@ -41,7 +41,7 @@ from tests import openapi
 from tests.engines import processes
 from tests.engines.engine import D1Engine, S3Engine
 from tools import schema
-from tools.cloud import LocalCloud, Request
+from tools.cloud import Account, LocalCloud, Request
 from tools.cloud.server import CloudServer
 
 # moto reads this when it starts for the first time: requests to this host are S3's.
@@ -201,8 +201,17 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def cloud(tmp_path: Path, clock: FakeClock) -> Iterator[LocalCloud]:
-    cloud = LocalCloud(tmp_path / "cloud", base_url="http://cloud.test:8001", clock=lambda: clock.at.timestamp())
+def endpoints() -> tuple[str, ...]:
+    """The endpoints that RunPod has besides its first; for a test file's own."""
+    return ()
+
+
+@pytest.fixture
+def cloud(tmp_path: Path, clock: FakeClock, endpoints: tuple[str, ...]) -> Iterator[LocalCloud]:
+    account = Account(endpoints=endpoints)
+    cloud = LocalCloud(
+        tmp_path / "cloud", base_url="http://cloud.test:8001", account=account, clock=lambda: clock.at.timestamp()
+    )
     yield cloud
     cloud.close()
 

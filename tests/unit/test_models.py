@@ -10,7 +10,6 @@ from jsonschema_rs import Draft202012Validator
 from chalicelib import bootstrap, catalogue, jobs
 from chalicelib.errors import SettingError
 from tests.conftest import Bench, call
-from tools.cloud import Account, LocalCloud
 
 CREATE = "/api/queue/create"
 OWN, LATER = "endpoint-of-flux", "endpoint-of-later"
@@ -33,13 +32,8 @@ FLUX = {"slots": SLOTS, "input": TEMPLATE}
 
 
 @pytest.fixture
-def cloud(tmp_path, clock):
-    account = Account(endpoints=(OWN, LATER))
-    cloud = LocalCloud(
-        tmp_path / "cloud", base_url="http://cloud.test:8001", account=account, clock=lambda: clock.at.timestamp()
-    )
-    yield cloud
-    cloud.close()
+def endpoints():
+    return (OWN, LATER)
 
 
 @pytest.fixture

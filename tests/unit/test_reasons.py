@@ -13,7 +13,7 @@ from chalicelib.jobs import from_text
 from chalicelib.wire import Wire
 from tests import openapi
 from tests.conftest import Bench, call
-from tools.cloud import Account, LocalCloud, Request
+from tools.cloud import Request
 
 CREATE = "/api/queue/create"
 RUN, HEALTH = r"POST .*/run$", r"GET .*/health$"
@@ -21,13 +21,8 @@ OTHERS = tuple(f"endpoint-{number}" for number in range(8))
 
 
 @pytest.fixture
-def cloud(tmp_path, clock):
-    account = Account(endpoints=OTHERS)
-    cloud = LocalCloud(
-        tmp_path / "cloud", base_url="http://cloud.test:8001", account=account, clock=lambda: clock.at.timestamp()
-    )
-    yield cloud
-    cloud.close()
+def endpoints():
+    return OTHERS
 
 
 @pytest.fixture
