@@ -73,6 +73,8 @@ class Told:
 
     def after_write(self, jobs: dict[str, Row]) -> None:
         """Compare the outbox with what it was, and with the jobs."""
+        if not self._outbox and not any(job["callback_url"] for job in jobs.values()):
+            return
         outbox = {(row["job_id"], row["version"]): row for row in self._read()}
         for job_id, job in jobs.items():
             if job["callback_url"] and job["deleted_at"] is None:
