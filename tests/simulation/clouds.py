@@ -1,9 +1,13 @@
-"""The clouds of the simulated world: D1's SQL on SQLite, RunPod as its facts are, two buckets, and a worker's host."""
+"""
+The clouds of the simulated world: D1's SQL on SQLite, RunPod as its facts are, two buckets, hosts of links, receivers
+of callbacks.
+"""
 
 import base64
 import json
 import re
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,8 @@ from tools.schema import statements
 
 BASE = "https://sim.test"
 LINKS = "https://images.sim.test"
+PICTURES = "https://pictures.sim.test"  # callers' own, behind links
+RECEIVERS = tuple(f"https://hook-{n}.sim.test/ends" for n in range(3))  # of callbacks
 KEPT_SECONDS = 1800.0  # by RunPod, from the end of a run
 WEBHOOK = re.compile(r"/webhooks/runpod/([^/]+)/(\d+)/(\w+)$")
 
@@ -76,6 +82,7 @@ class Clouds:
         self.spool = s3.Bucket()
         self.runs: dict[str, Run] = {}
         self.poison: set[str] = set()
+        self.told: Counter[str] = Counter()  # callbacks that were taken, by their webhook-id
         self.execute = self._d1.execute
 
     def close(self) -> None:
@@ -83,7 +90,7 @@ class Clouds:
         self._d1.close()
 
     def handle(
-        self, service: str, method: str, url: str, body: bytes, process: Any
+        self, service: str, method: str, url: str, headers: Any, body: bytes, process: Any
     ) -> tuple[int, dict[str, str], bytes]:
         """What the call does, and its answer."""
         path = urlsplit(url).path
@@ -96,10 +103,19 @@ class Clouds:
         if service == "runpod":
             return self._runpod(method, path, body, process)
         if service == "r2":
-            return self.r2.handle(method, url, body)
+            answer_of_r2 = self.r2.handle(method, url, headers, body)
+            self._world.invariants.after_r2(method, s3.key_of(url))
+            return answer_of_r2
         if service == "spool":
-            return self.spool.handle(method, url, body)
-        return self._link(path)
+            return self.spool.handle(method, url, headers, body)
+        if service == "callback":
+            self.told[headers["webhook-id"]] += 1
+            return 204, {}, b""
+        return _image(png(path) if url.startswith(PICTURES) else self._file(path))
+
+    def put_picture(self, key: str) -> None:
+        """A caller puts a picture where it was offered to."""
+        self.handle("r2", "PUT", f"https://{s3.R2_HOST}/bucket/{key}", {}, png(key), None)
 
     # RunPod
 
@@ -127,7 +143,7 @@ class Clouds:
         world = self._world
         found = WEBHOOK.search(given["webhook"])
         job_id, attempt = found[1], int(found[2])
-        world.invariants.at_run(job_id, attempt)
+        world.invariants.at_run(job_id, attempt, json.dumps(given["input"]))
         plan = world.faults.run_plan(world.rng, job_id, attempt)
         run = Run(
             id=f"run-{len(self.runs)}-{world.rng.getrandbits(32):08x}-u1",
@@ -186,10 +202,13 @@ class Clouds:
                 return {"status": "success_no_images", "images": []}
         return None
 
-    def _link(self, path: str) -> tuple[int, dict[str, str], bytes]:
+    def _file(self, path: str) -> bytes:
         _, run_id, name = path.split("/")
-        file = self.runs[run_id].files[int(name.partition(".")[0])]
-        return 200, {"Content-Length": str(len(file)), "Content-Type": "image/png"}, file
+        return self.runs[run_id].files[int(name.partition(".")[0])]
+
+
+def _image(file: bytes) -> tuple[int, dict[str, str], bytes]:
+    return 200, {"Content-Length": str(len(file)), "Content-Type": "image/png"}, file
 
 
 def _json(status: int, body: Any) -> tuple[int, dict[str, str], bytes]:

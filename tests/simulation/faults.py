@@ -55,6 +55,18 @@ CLASSES = {
     "runpod_5xx": (2, "RunPod answers 5xx"),
     "spool_down": (6, "the spool fails as well"),
     "worker_failed": (9, "the worker fails"),
+    "callback_down": (23, "a callback's receiver cannot be reached"),
+    "callback_slow": (23, "it takes the callback, and answers too late"),
+    "callback_answer_lost": (23, "it takes the callback, and its answer is lost"),
+    "callback_500": (23, "it answers 500"),
+    "callback_429": (23, "it answers 429 with Retry-After"),
+    "callback_redirect": (23, "it redirects"),
+    "callback_410": (23, "it wants to hear nothing more"),
+    "callback_never": (23, "a receiver is down for good"),
+    "user_replay": (13, "a user has an end told once more, whenever it may be"),
+    "picture_never_put": (24, "a picture is offered, and never put"),
+    "picture_unused": (24, "a picture is put, and no job uses it"),
+    "picture_shared": (24, "several jobs use one picture, or want to when it may be gone"),
 }
 
 
@@ -211,6 +223,21 @@ class Faults:
             if kind in ("503", "404"):
                 return replace(base, **_answer(int(kind)))
             return replace(base, effect=False, gives_up=30.0 if kind == "slow" else 0.1)
+        return base
+
+    def _callback(self, rng: Random, now: float, method: str, url: str, base: Fate) -> Fate:
+        fates: dict[str, dict[str, Any]] = {
+            "callback_down": {"refused": True},
+            "callback_slow": {"back": 30.0},
+            "callback_answer_lost": {"lost": True, "gives_up": 0.1},
+            "callback_500": _answer(500),
+            "callback_429": _answer(429, {"Retry-After": str(rng.choice([1, 20, 600]))}),
+            "callback_redirect": _answer(302, {"Location": url}),
+            "callback_410": _answer(410),
+        }
+        for name, fate in fates.items():
+            if self.hits(rng, name, now):
+                return replace(base, **fate)
         return base
 
     def run_plan(self, rng: Random, job_id: str, attempt: int) -> Plan:

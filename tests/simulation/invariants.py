@@ -7,6 +7,8 @@ from typing import Any
 
 from chalicelib.jobs import BY_USER, FINAL, TRANSITIONS, Job, State
 from tests.simulation import s3
+from tests.simulation.pictures import Pictures
+from tests.simulation.told import Told
 
 LIVE_MOVES = {
     (source, target) for verb, (sources, target) in TRANSITIONS.items() if verb not in BY_USER for source in sources
@@ -28,6 +30,7 @@ SECRETS = (
     "local-runpod-key",
     "simulation-webhook-secret",
     "role-secret-4711",
+    "c2ltdWxhdGVkLXNlY3JldC",  # how those for callbacks begin
 )
 DEFINITE = {200, 400, 401, 403, 404, 413, 422, 429}
 
@@ -51,6 +54,9 @@ class Invariants:
         self.asked: dict[str, Counter[str]] = defaultdict(Counter)  # verbs that users have sent, by job
         self.answers: dict[tuple[str, int], tuple[int, Any]] = {}  # what a process was told of /run
         self.log_handler = _LogCheck(self)
+        self._told = Told(world, self)
+        self._pictures = Pictures(world, self)
+        self.after_r2 = self._pictures.after_r2
 
     def check(self, holds: object, what: str) -> None:
         """Raise Violation unless it holds."""
@@ -59,8 +65,10 @@ class Invariants:
 
     # Each call
 
-    def before_call(self, process: Any, service: str, method: str, url: str) -> None:
+    def before_call(self, process: Any, service: str, method: str, url: str, headers: Any, body: bytes) -> None:
         """What a process may not even ask."""
+        if service == "callback":
+            self._told.before_send(process, url, headers, body)
         if service == "d1":
             self.check(self._world.now >= self._locked.get(process, 0.0), "D1 was called during its lock-out")
         if service == "r2" and method == "PUT":
@@ -82,13 +90,16 @@ class Invariants:
             if status == 429 and "Retry-After" in headers:
                 self._not_before[job_id] = self._world.now + float(headers["Retry-After"]) - 0.01
 
-    def call_over(self, process: Any, url: str) -> None:
+    def call_over(self, process: Any, url: str, headers: Any) -> None:
         """A call has ended, with an answer or without."""
+        if "webhook-id" in headers:
+            self._told.send_over(process, headers)
         if self._putting.get(url) is process:
             del self._putting[url]
 
-    def at_run(self, job_id: str, attempt: int) -> None:
+    def at_run(self, job_id: str, attempt: int, given: str) -> None:
         """A paid run arrives at RunPod."""
+        self._pictures.at_run(job_id, given)
         rows = self._world.clouds.execute("SELECT attempt FROM jobs WHERE id = ?", job_id)
         self.check(rows and rows[0]["attempt"] >= attempt, f"/run of {job_id} without its intent on disk")
         self.check((job_id, attempt) not in self._bought, f"/run of {job_id}, attempt {attempt}, was accepted twice")
@@ -122,6 +133,8 @@ class Invariants:
                 self._check_done(row)
             if old != row and row["runpod_job_id"] and row["step"]:
                 self._check_run(row)
+        self._told.after_write(rows)
+        self._pictures.after_write(rows)
         self._rows, self._lines = rows, lines
 
     def _check_lines(self, job_id: str, old: dict[str, Any], row: dict[str, Any], new: int) -> None:
@@ -219,8 +232,14 @@ class Invariants:
             )
             self._check_timeline(job_id, row)
             self.check(row["dead_at"] is None or self._has_excuse(), f"{job_id}: lost {row['error_code']} without need")
+        self._told.at_end(rows)
         self._check_orphans(rows)
         self._check_secrets()
+
+    def at_rest(self) -> None:
+        """What must hold when more than a day has gone by."""
+        self._told.at_rest()
+        self._pictures.at_rest(self._read())
 
     def _has_excuse(self) -> bool:
         """Whether a drawn picture may be a dead letter: R2 was down for too long, or its holders died, or none came."""
@@ -277,7 +296,7 @@ class Invariants:
             self.check(run.id in named or not told or over, f"{run.id} of {run.job_id} goes on, and no row names it")
 
     def _check_secrets(self) -> None:
-        for table in ("jobs", "job_events"):
+        for table in ("jobs", "job_events", "deliveries", "uploads"):
             text = json.dumps(self._world.clouds.execute(f"SELECT * FROM {table}"))
             self.check(not any(secret in text for secret in SECRETS), f"a secret is in {table}")
 

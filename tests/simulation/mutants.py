@@ -38,6 +38,38 @@ GUARDS = """  AND jobs.version = json_extract(row.value, '$.version')
   -- The + keeps SQLite from going through every live row by the index of their status.
   AND +jobs.status IN ('queued', 'running')"""
 
+TELL_WITH_SAVE = """                "tell_of_saved",
+                "select_winners",
+            ],
+            values,
+            timeout=timeout,
+        )[-1]
+"""
+
+MARK_AND_SELECT = """SET swept_at = :now
+WHERE swept_at IS NULL AND key IN (
+  SELECT key
+  FROM uploads
+  WHERE due_at <= :now AND NOT EXISTS (SELECT 1 FROM job_uploads WHERE job_uploads.key = uploads.key)
+  ORDER BY due_at
+  LIMIT CAST(:limit AS INTEGER)
+)
+
+
+-- name: select_marked
+-- Those whose objects are to be removed, now or once more.
+SELECT key FROM uploads WHERE due_at <= :now AND swept_at IS NOT NULL ORDER BY due_at LIMIT CAST(:limit AS INTEGER)"""
+ONLY_SELECT = """SET swept_at = NULL WHERE :limit < 0 AND :now IS NULL
+
+
+-- name: select_marked
+-- Those that nobody uses.
+SELECT key
+FROM uploads
+WHERE due_at <= :now AND NOT EXISTS (SELECT 1 FROM job_uploads WHERE job_uploads.key = uploads.key)
+ORDER BY due_at
+LIMIT CAST(:limit AS INTEGER)"""
+
 MUTANTS = [
     Mutant(
         "a delete does not mark the row",
@@ -305,6 +337,115 @@ MUTANTS = [
         "steps.py",
         "        return self._ask(job, deadline, reserve=SAVE_RESERVE).verdict is Verdict.COMPLETED\n",
         "        return True\n",
+    ),
+    Mutant(
+        "an end is saved and not told",
+        "store.py",
+        '                "tell_of_saved",\n',
+        "",
+    ),
+    Mutant(
+        "a cancel is not told",
+        "store.py",
+        '            "tell_of_cancelled",\n',
+        "",
+    ),
+    Mutant(
+        "a cancel by a claim is not told",
+        "store.py",
+        '            "tell_of_waiting",\n',
+        "",
+    ),
+    Mutant(
+        "an end is told in a batch of its own",
+        "store.py",
+        TELL_WITH_SAVE,
+        TELL_WITH_SAVE.replace('                "tell_of_saved",\n', "")
+        + '        self._run(["tell_of_saved"], values, timeout=timeout)\n',
+    ),
+    Mutant(
+        "what came of a callback is written by whoever comes",
+        "queries.sql",
+        "  AND deliveries.claimer = :nonce\n\n\n-- name: replay_delivery",
+        "\n\n\n-- name: replay_delivery",
+    ),
+    Mutant(
+        "a claim of callbacks without a lease",
+        "courier.py",
+        "            lease=max(0.0, deadline.left()) + LEASE_MARGIN,\n",
+        "            lease=0.0,\n",
+    ),
+    Mutant(
+        "410 is tried again",
+        "courier.py",
+        '        return "It wants to hear nothing more (410).", None, True\n',
+        '        return "It wants to hear nothing more (410).", None, False\n',
+    ),
+    Mutant(
+        "every try has an id of its own",
+        "courier.py",
+        'f"msg_{delivery.job_id}_{delivery.version}", self',
+        'f"msg_{delivery.job_id}_{delivery.version + delivery.tries}", self',
+    ),
+    Mutant(
+        "a redirect is heard",
+        "courier.py",
+        "    if 200 <= answer.status < 300:\n",
+        "    if 200 <= answer.status < 400:\n",
+    ),
+    Mutant(
+        "only the first secret signs",
+        "courier.py",
+        "for secret in self.secrets),\n",
+        "for secret in self.secrets[:1]),\n",
+    ),
+    Mutant(
+        "a round waits for the receivers",
+        "pipeline.py",
+        "                errands.start(lambda: self.courier.run(deadline))  # beside",
+        "                self.courier.run(deadline)  # beside",
+    ),
+    Mutant(
+        "one host may have all that is told at a time",
+        "queries.sql",
+        "  WHERE nth <= CAST(:of_host AS INTEGER)\n",
+        "  WHERE nth <= 1000 * CAST(:of_host AS INTEGER)\n",
+    ),
+    Mutant(
+        "a create does not look whether its picture is there",
+        "queries.sql",
+        "    WHERE NOT EXISTS (SELECT 1 FROM uploads WHERE uploads.key = wanted.value AND uploads.swept_at IS NULL)\n",
+        "    WHERE false\n",
+    ),
+    Mutant(
+        "a sweep does not mark first",
+        "queries.sql",
+        MARK_AND_SELECT,
+        ONLY_SELECT,
+    ),
+    Mutant(
+        "a sweep forgets what it could not remove",
+        "uploads.py",
+        '            log.failed("upload_not_removed", error)\n            return None\n',
+        '            log.failed("upload_not_removed", error)\n',
+    ),
+    Mutant(
+        "nobody knows which job uses a picture",
+        "store.py",
+        '"file_metadata", "use_uploads", "keep_uploads"',
+        '"file_metadata", "keep_uploads"',
+    ),
+    Mutant(
+        "the pictures of deleted jobs stay",
+        "store.py",
+        '"forget_uploads", "free_uploads"',
+        '"forget_uploads"',
+    ),
+    Mutant(
+        "a copy is put before it is written down",
+        "uploads.py",
+        "            self._write_down(fetched, deadline)\n        with self.new_crew",
+        "            pass\n        with self.new_crew",
     ),
 ]
 

@@ -64,8 +64,11 @@ def _wire(client: Any, service: str) -> Any:
     def send(request: Any, **_: Any) -> AWSResponse:
         body = request.body or b""
         content = body if isinstance(body, bytes) else body.read()
+        said = {name: value.decode() if isinstance(value, bytes) else value for name, value in request.headers.items()}
         try:
-            status, headers, answer = _worlds[-1].call(service, request.method, request.url, content, READ_TIMEOUT)
+            status, headers, answer = _worlds[-1].call(
+                service, request.method, request.url, content, READ_TIMEOUT, said
+            )
         except TransientError as error:
             raise EndpointConnectionError(endpoint_url=request.url) from error
         except IndeterminateError as error:
@@ -88,9 +91,9 @@ class Bucket:
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, str]] = {}
 
-    def handle(self, method: str, url: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def handle(self, method: str, url: str, headers: Any, body: bytes) -> tuple[int, dict[str, str], bytes]:
         """Answer one call."""
-        key = unquote(urlsplit(url).path).lstrip("/").partition("/")[2]
+        key = key_of(url)
         if method == "DELETE":
             self.objects.pop(key, None)
             return 204, {}, b""
@@ -103,12 +106,21 @@ class Bucket:
         if key not in self.objects:
             return 404, {}, b"" if method == "HEAD" else b"<Error><Code>NoSuchKey</Code></Error>"
         content, etag = self.objects[key]
+        if "Range" in headers:  # the beginning of it, as the service asks
+            begun = content[: int(headers["Range"].rpartition("-")[2]) + 1]
+            said = f"bytes 0-{len(begun) - 1}/{len(content)}"
+            return 206, {"ETag": etag, "Content-Length": str(len(begun)), "Content-Range": said}, begun
         head = {"ETag": etag, "Content-Length": str(len(content))}
         return 200, head, b"" if method == "HEAD" else content
 
     def _list(self, prefix: str) -> bytes:
         keys = "".join(f"<Contents><Key>{key}</Key></Contents>" for key in self.objects if key.startswith(prefix))
         return f"<ListBucketResult>{keys}</ListBucketResult>".encode()
+
+
+def key_of(url: str) -> str:
+    """The key of the object at that address."""
+    return unquote(urlsplit(url).path).lstrip("/").partition("/")[2]
 
 
 def sha256_of(content: bytes) -> str:

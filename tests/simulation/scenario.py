@@ -7,12 +7,13 @@ from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
+from chalicelib.api import CREATE_SECONDS
 from chalicelib.bootstrap import Service
 from chalicelib.errors import RequestError
-from chalicelib.jobs import from_text, to_text
+from chalicelib.jobs import Job, from_text, to_text
 from chalicelib.runtime import Deadline
-from tests.simulation.clouds import BASE, Run
-from tests.simulation.faults import Faults, Plan
+from tests.simulation.clouds import BASE, PICTURES, RECEIVERS, Run
+from tests.simulation.faults import Fate, Faults, Plan
 from tests.simulation.invariants import Violation
 from tests.simulation.world import REQUEST_SECONDS, RESERVE, START, World
 from tools.cloud import Account, settings_for
@@ -22,6 +23,7 @@ ENVIRONMENT = {
     "R2_ENDPOINT_URL": "https://r2.sim.test",
     "PUBLIC_BASE_URL": "https://api.sim.test",
     "WEBHOOK_SECRET": "simulation-webhook-secret",
+    "CALLBACK_SECRETS": "whsec_c2ltdWxhdGVkLXNlY3JldC1udW1iZXItb25l,whsec_c2ltdWxhdGVkLXNlY3JldC1udW1iZXItdHdv",
     "RESULT_ALLOWED_PRIVATE_HOSTS": "",
     "START_DEADLINE": "600",
     "RUN_DEADLINE": "500",
@@ -30,6 +32,8 @@ ENVIRONMENT = {
 TICK = 60.0
 LONGEST = 6 * 3600.0  # everything must be over long before
 SETTLE = 180.0
+REST = 30 * 3600.0  # in which all is told or given up, and what no job uses is swept
+EDITS = "qwen-image-edit"  # the model of models.json that takes a picture
 
 # For each class of random faults the highest rate for a call that a seed may draw.
 RATES = {
@@ -47,6 +51,13 @@ RATES = {
     "unknown_state": 0.2,
     "spool_down": 0.3,
     "lambda_time_limit": 0.02,
+    "callback_down": 0.7,
+    "callback_slow": 0.4,
+    "callback_answer_lost": 0.4,
+    "callback_500": 0.7,
+    "callback_429": 0.5,
+    "callback_redirect": 0.3,
+    "callback_410": 0.3,
 }
 WINDOWS = {"d1_stall": 80.0, "d1_lockout": 300.0, "r2_down": 4020.0}
 VERDICTS = {"timed_out": "TIMED_OUT", "worker_failed": "FAILED"}
@@ -72,6 +83,7 @@ class Scenario:
         world.scenario = self
         self.jobs: list[str] = []
         self.settle = SETTLE
+        self.resting = False
 
     # What happens from outside
 
@@ -83,9 +95,16 @@ class Scenario:
         def minute(service: Service) -> object:
             deadline = Deadline(service.clock, 58.0 - RESERVE)
             # When nothing goes wrong any more one round a minute comes to the same, in less time.
-            return service.pipeline.run_round(deadline) if calm else service.pipeline.run_minute(deadline)
+            return self._calm_minute(service, deadline) if calm else service.pipeline.run_minute(deadline)
 
         self.world.invoke("schedule", minute)
+
+    def _calm_minute(self, service: Service, deadline: Deadline) -> None:
+        service.pipeline.run_round(deadline)
+        if self._due("deliveries"):
+            service.courier.run(deadline)
+        if self._due("uploads"):
+            service.uploads.sweep(deadline)
 
     def every_minute(self) -> None:
         """Ticks for ever, some twice, some not; when nothing is due for long, none."""
@@ -105,21 +124,80 @@ class Scenario:
         if self.world.now < self.world.faults.until:
             return 0.0
         rows = self.world.clouds.execute("SELECT due_at FROM jobs WHERE status IN ('queued', 'running')")
-        due = [row["due_at"] for row in rows]
+        due = [row["due_at"] for row in rows] + (self._to_come() if self.resting else [])
         return min(
             ((from_text(at) - START).total_seconds() - self.world.now if at else 0.0 for at in due), default=TICK
         )
 
-    def create(self, payload: dict[str, Any] | None = None, done: Any = None) -> None:
+    def _to_come(self) -> list[str]:
+        """When something is to be told or swept."""
+        rows = self.world.clouds.execute(
+            "SELECT due_at FROM deliveries WHERE due_at IS NOT NULL "
+            "UNION ALL SELECT due_at FROM uploads WHERE due_at IS NOT NULL"
+        )
+        return [row["due_at"] for row in rows]
+
+    def _due(self, table: str) -> bool:
+        at = to_text(START + timedelta(seconds=self.world.now + self.world.faults.max_skew))
+        return bool(self.world.clouds.execute(f"SELECT 1 FROM {table} WHERE due_at <= ? LIMIT 1", at))
+
+    def create(
+        self,
+        payload: dict[str, Any] | None = None,
+        done: Any = None,
+        *,
+        pictures: tuple[str, ...] = (),
+        callback_url: str | None = None,
+    ) -> None:
         """A client creates a job."""
 
         def run(service: Service) -> object:
-            job = service.pipeline.new_job(prompt="a cat", model="m", payload=payload)
-            self.jobs.append(job.id)
-            service.pipeline.create([job], Deadline(service.clock, REQUEST_SECONDS), by="test")
-            return job
+            return self.make(service, payload, pictures=pictures, callback_url=callback_url)
 
         self.world.invoke("api", run, done)
+
+    def make(
+        self,
+        service: Service,
+        payload: dict[str, Any] | None = None,
+        *,
+        pictures: tuple[str, ...] = (),
+        callback_url: str | None = None,
+        plan: Plan | None = None,
+    ) -> Job:
+        """What the route does: look at the pictures, create the job, send it. Raises as the service does."""
+        deadline = Deadline(service.clock, REQUEST_SECONDS)
+        keys = service.uploads.take(pictures, deadline.less(CREATE_SECONDS)) if pictures else {}
+        model = EDITS if pictures else "m"
+        job = service.pipeline.new_job(
+            prompt="a cat",
+            model=model,
+            payload=payload,
+            slots=service.models.get(model).read("a cat", {}) if pictures else None,
+            pictures=[keys[picture] for picture in pictures],
+            callback_url=callback_url,
+        )
+        self.jobs.append(job.id)
+        if plan is not None:
+            self.world.faults.plans[job.id, 0] = plan
+        service.pipeline.create([job], deadline, by="test")
+        return job
+
+    def offer(self, done: Any) -> None:
+        """A client asks where a picture may be put."""
+
+        def run(service: Service) -> object:
+            deadline = Deadline(service.clock, REQUEST_SECONDS)
+            return service.uploads.offer(content_type="image/png", size=100, deadline=deadline)["key"]
+
+        self.world.invoke("api", run, lambda result: done(result) if isinstance(result, str) else None)
+
+    def replay(self, job_id: str) -> None:
+        """A user has the first end of a job told once more."""
+        self.world.invariants.asked[job_id]["replay"] += 1
+        self.world.invoke(
+            "api", lambda service: service.courier.replay(job_id, "1", Deadline(service.clock, REQUEST_SECONDS))
+        )
 
     def verb(self, verb: str, job_id: str) -> None:
         """A user cancels, retries, redrives or deletes."""
@@ -210,6 +288,18 @@ class Scenario:
         found = world.invariants.log_handler.found
         world.invariants.check(not found, found[0] if found else "")
         world.invariants.at_end()
+        if self._to_come():
+            self._rest()
+        world.invariants.at_rest()
+
+    def _rest(self) -> None:
+        """Let all be told, and swept."""
+        world, self.resting = self.world, True
+        end = world.now + REST
+        while self._to_come() and world.now < end:
+            world.run(TICK)
+        self.resting = False
+        self.calls_to_end = world.calls
 
 
 def random_faults(rng: Random) -> Faults:
@@ -286,7 +376,7 @@ class RandomScenario(Scenario):
         world.at(rng.uniform(0.0, TICK), self.every_minute)
         for _ in range(rng.randint(2, 7)):
             world.at(rng.uniform(0.0, faults.until), self._create)
-        for verb in ("cancel", "retry", "redrive", "delete"):
+        for verb in ("cancel", "retry", "redrive", "delete", "replay"):
             for _ in range(rng.choice([0, 0, 1, 3])):
                 world.at(rng.uniform(0.0, faults.until), lambda verb=verb: self._user(verb))
         if rng.random() < 0.1:
@@ -295,6 +385,9 @@ class RandomScenario(Scenario):
             world.at(rng.uniform(0.0, faults.until), lambda: self.old_row("old-row-1", status))
         if rng.random() < 0.1:
             world.at(rng.uniform(0.0, faults.until), self._change_endpoint)
+        if rng.random() < 0.1:
+            faults.count("callback_never")
+            faults.always.append((f"callback POST {RECEIVERS[0]}", Fate(refused=True)))
         if rng.random() < 0.1:  # nobody comes by until RunPod has forgotten what it had
             begin = rng.uniform(0.0, faults.until)
             faults.windows.append(("no_schedule", begin, begin + 2000.0))
@@ -307,7 +400,35 @@ class RandomScenario(Scenario):
             if poisonous and hasattr(result, "id"):
                 self.world.clouds.poison.add(result.id)
 
-        self.create(done=done)
+        callback_url = rng.choice([None, None, *RECEIVERS])
+        if rng.random() < 0.15:
+            self._create_with_picture(callback_url)
+        else:
+            self.create(done=done, callback_url=callback_url)
+
+    def _create_with_picture(self, callback_url: str | None) -> None:
+        rng, faults = self.world.rng, self.world.faults
+
+        def use(picture: str) -> None:
+            self.create(pictures=(picture,), callback_url=callback_url)
+
+        def offered(key: str) -> None:
+            if rng.random() < 0.1:
+                faults.count("picture_never_put")
+                return
+            self.world.at(rng.uniform(0.1, 5.0), lambda: self.world.clouds.put_picture(key))
+            if rng.random() < 0.1:
+                faults.count("picture_unused")
+                return
+            self.world.at(rng.uniform(5.0, 20.0), lambda: use(key))
+            if rng.random() < 0.5:
+                faults.count("picture_shared")
+                self.world.at(rng.uniform(5.0, 400.0), lambda: use(key))
+
+        if rng.random() < 0.3:
+            use(f"{PICTURES}/{rng.randrange(3)}.png")
+        else:
+            self.offer(offered)
 
     def _plan(self, rng: Random, job_id: str, attempt: int) -> Plan:
         before = self.world.faults.counted["late_in_progress"]
@@ -322,7 +443,8 @@ class RandomScenario(Scenario):
     def _user(self, verb: str) -> None:
         if self.jobs:
             self.world.faults.count(f"user_{verb}")
-            self.verb(verb, self.world.rng.choice(self.jobs))
+            job_id = self.world.rng.choice(self.jobs)
+            self.replay(job_id) if verb == "replay" else self.verb(verb, job_id)
 
     def _change_endpoint(self) -> None:
         self.world.faults.count("endpoint_changed")

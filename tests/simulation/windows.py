@@ -12,21 +12,25 @@ from dataclasses import replace
 from typing import Any
 
 from chalicelib.bootstrap import Service
-from chalicelib.errors import RequestError, TransientError
+from chalicelib.errors import RequestError, ServiceError, TransientError
 from chalicelib.jobs import RUNPOD_KEEPS
 from chalicelib.runtime import Deadline
 from chalicelib.store import NEWEST
-from tests.simulation.clouds import Run
+from tests.simulation.clouds import PICTURES, RECEIVERS, Run
 from tests.simulation.faults import Fate, Faults, Plan
 from tests.simulation.scenario import ENVIRONMENT, Scenario
 from tests.simulation.world import REQUEST_SECONDS, Process, World
 
 QUIET = Plan(queue_seconds=1.0, run_seconds=20.0, webhook=False)
 LOST = Fate(lost=True)
+BROKEN_OFF = Fate(lost=True, gives_up=0.1)  # lost too, and known at once
 NEVER_SENT = Fate(effect=False)
 BAD_GATEWAY = Fate(instead=(502, {}, b"<html>"))  # of the edge, behind which the call has had its effect
 BUSY = Fate(effect=False, instead=(429, {"Retry-After": "300"}, b"{}"))
 GONE = Fate(effect=False, instead=(404, {}, b'{"status":404}'))
+NO_MORE = Fate(effect=False, instead=(410, {}, b""))
+HOOK, OTHER_HOOK, _ = RECEIVERS
+DAY = 86_400.0
 D1_FAILS = Fate(effect=False, instead=(503, {}, b"<html>"))
 
 
@@ -41,25 +45,56 @@ class Stage(Scenario):
             self.world.run(seconds, until=lambda: bool(results) or not process.alive)
         return results[0] if results else process
 
-    def new(self, plan: Plan = QUIET, **payload: Any) -> str:
+    def new(self, plan: Plan = QUIET, *, callback_url: str | None = None, **payload: Any) -> str:
         """Create a job; its id."""
 
         def run(service: Service) -> object:
-            job = service.pipeline.new_job(prompt="a cat", model="m", payload=payload or None)
-            self.jobs.append(job.id)
-            self.world.faults.plans[job.id, 0] = plan
-            return service.pipeline.create([job], Deadline(service.clock, REQUEST_SECONDS), by="test")
+            return self.make(service, payload or None, callback_url=callback_url, plan=plan)
 
         self.step("api", run)
         return self.jobs[-1]
 
-    def create_with(self, plan: Plan) -> None:
+    def new_with(self, picture: str, *, wait: bool = True) -> Any:
+        """Create a job that is given a picture; the job, or why not."""
+        return self.step("api", lambda service: self.make(service, pictures=(picture,), plan=QUIET), wait=wait)
+
+    def offered(self) -> str:
+        """Where a picture may be put, and is; its key."""
+        keys: list[str] = []
+        self.offer(keys.append)
+        self.world.run(10.0, until=lambda: bool(keys))
+        self.world.clouds.put_picture(keys[0])
+        return keys[0]
+
+    def sweep(self, *, wait: bool = True) -> Any:
+        """The sweep of the schedule."""
+        return self.step("schedule", lambda service: service.uploads.sweep(Deadline(service.clock, 57.5)), wait=wait)
+
+    def minute(self, *, wait: bool = True) -> Any:
+        """One minute of the schedule, with what is told beside the rounds."""
+        return self.step(
+            "schedule", lambda service: service.pipeline.run_minute(Deadline(service.clock, 57.5)), wait=wait
+        )
+
+    def deliveries(self, job_id: str) -> list[dict[str, Any]]:
+        """What is to be told of a job, and what came of it."""
+        rows: list[dict[str, Any]] = self.world.clouds.execute(
+            "SELECT * FROM deliveries WHERE job_id = ? ORDER BY version", job_id
+        )
+        return rows
+
+    def heard(self, job_id: str) -> list[int]:
+        """How often each end of a job was taken by its receiver."""
+        told = self.world.clouds.told
+        return [told[f"msg_{job_id}_{row['version']}"] for row in self.deliveries(job_id)]
+
+    def create_with(self, plan: Plan, *, callback_url: str | None = None) -> None:
         """Begin to create a job, and do not wait for it."""
         number = len(self.jobs)
         self.jobs.append(f"job-{number}")
 
         def run(service: Service) -> object:
-            job = service.pipeline.new_job(prompt="a cat", model="m", payload=None)
+            job = service.pipeline.new_job(prompt="a cat", model="m", payload=None, callback_url=callback_url)
             self.jobs[number] = job.id
             self.world.faults.plans[job.id, 0] = plan
             return service.pipeline.create([job], Deadline(service.clock, REQUEST_SECONDS), by="test")
@@ -1334,6 +1369,274 @@ def clocks_are_five_minutes_wrong(stage: Stage) -> None:
             process.kill()
     for job in jobs:
         stage.ends(job, "done")
+
+
+# Callbacks to a caller's own address
+
+
+@window()
+def an_end_is_told_once(stage: Stage) -> None:
+    job = stage.new(callback_url=HOOK)
+    stage.pass_time(25.0)
+    stage.minute()
+    stage.expect(stage.heard(job) == [1], f"it was heard {stage.heard(job)}")
+    stage.minute()
+    stage.ends(job, "done")
+    stage.expect(stage.heard(job) == [1], f"it was heard {stage.heard(job)}")
+
+
+@window()
+def a_lambda_is_killed_between_the_post_and_its_settling(stage: Stage) -> None:
+    job = stage.new(callback_url=HOOK)
+    stage.pass_time(25.0)
+    stage.next("callback", Fate(back=5.0))
+    process = stage.minute(wait=False)
+    stage.pass_time(3.0)
+    stage.expect(stage.heard(job) == [1], "it was not sent")
+    process.kill()
+    stage.minute()
+    stage.expect(stage.heard(job) == [1], "it was told again while the claim held")
+    stage.pass_time(30.0)
+    stage.minute()
+    stage.expect(stage.heard(job) == [2], "it was not told again")
+    stage.ends(job, "done")
+
+
+@window()
+def what_came_of_a_callback_is_written_and_the_answer_lost(stage: Stage) -> None:
+    job = stage.new(callback_url=HOOK)
+    stage.pass_time(25.0)
+    stage.round()
+    stage.next("d1", Fate(), LOST, LOST)  # the claim; what came of it, and its repeat
+    stage.step("schedule", lambda service: service.courier.run(Deadline(service.clock, 57.5)))
+    stage.expect([row["tries"] for row in stage.deliveries(job)] == [1], "its try was counted twice")
+    stage.ends(job, "done")
+    stage.expect(stage.heard(job) == [1], f"it was heard {stage.heard(job)}")
+
+
+@window()
+def the_claim_of_callbacks_is_written_and_its_answer_lost(stage: Stage) -> None:
+    jobs = [stage.new(callback_url=url) for url in (HOOK, HOOK, OTHER_HOOK)]
+    stage.pass_time(25.0)
+    stage.round()
+    stage.next("d1", BROKEN_OFF, BROKEN_OFF)
+    stage.step("schedule", lambda service: service.courier.run(Deadline(service.clock, 57.5)))
+    for job in jobs:
+        stage.expect(stage.heard(job) == [1], "the repeated claim has not found what it took")
+        stage.ends(job, "done")
+
+
+@window()
+def a_waiting_job_is_cancelled_by_a_claim_whose_answer_is_lost(stage: Stage) -> None:
+    stage.next("/run", Fate(out=3.0, back=3.0, effect=False, instead=(429, {"Retry-After": "5"}, b"{}")))
+    stage.create_with(QUIET, callback_url=HOOK)
+    stage.pass_time(2.0)
+    job = stage.jobs[0]
+    stage.say("cancel", job)
+    stage.expect(stage.row(job)["status"] == "queued", "it has ended while it was being sent")
+    stage.pass_time(10.0)
+    stage.next("d1", LOST, LOST, LOST)
+    stage.round()
+    stage.expect(stage.row(job)["status"] == "cancelled", "the claim has not ended it")
+    stage.ends(job, "cancelled", runs=0)
+    stage.expect(stage.heard(job) == [1], f"it was heard {stage.heard(job)}")
+
+
+@window()
+def a_job_that_waits_is_cancelled_and_told_of(stage: Stage) -> None:
+    with stage.trouble("/run", BUSY):
+        job = stage.new(callback_url=HOOK)
+        stage.next("d1", LOST)
+        stage.say("cancel", job)
+    stage.ends(job, "cancelled", runs=0)
+    stage.expect(stage.heard(job) == [1], f"it was heard {stage.heard(job)}")
+
+
+@window()
+def two_couriers_at_once_tell_once(stage: Stage) -> None:
+    jobs = [stage.new(callback_url=url) for url in RECEIVERS]
+    stage.pass_time(25.0)
+    stage.round()
+    with stage.trouble("callback", Fate(back=3.0)):
+        stage.minute(wait=False)
+        stage.pass_time(1.0)
+        stage.minute()
+    for job in jobs:
+        stage.ends(job, "done")
+        stage.expect(stage.heard(job) == [1], f"it was heard {stage.heard(job)}")
+
+
+@window()
+def an_end_is_saved_twice_under_one_nonce_and_told_between(stage: Stage) -> None:
+    job = stage.new(callback_url=HOOK)
+    stage.pass_time(25.0)
+    stage.next("d1", Fate(), Fate(), LOST, LOST, LOST)  # the claim, `completed`; the end, and its repeats
+    stage.round()
+    stage.expect(stage.row(job)["status"] == "done", "the end was not written")
+    stage.next("d1", Fate(effect=False))  # the same container owes it: first another one tells
+    owing = [process for process in stage.world.processes if process.service.pipeline.saver.backlog]
+    stage.expect(owing, "nothing is to be saved again")
+    for process in owing:
+        process.busy = True
+    stage.minute()
+    stage.expect(stage.heard(job) == [1], "it was not told")
+    for process in stage.world.processes:
+        process.busy = process not in owing
+    stage.minute()
+    stage.expect(not owing[0].service.pipeline.saver.backlog, "it was not saved again")
+    stage.ends(job, "done")
+    stage.expect(stage.heard(job) == [1], f"it was heard {stage.heard(job)}")
+
+
+@window()
+def a_retry_while_the_error_is_still_to_be_told(stage: Stage) -> None:
+    job = stage.new(replace(QUIET, verdict="FAILED"), callback_url=HOOK)
+    with stage.trouble("callback", Fate(refused=True)):
+        stage.pass_time(25.0)
+        stage.minute()
+        stage.world.faults.plans[job, 2] = QUIET
+        stage.say("retry", job)
+        stage.pass_time(25.0)
+        stage.minute()
+    stage.expect(stage.heard(job) == [0, 0], "it was heard though nobody could")
+    stage.ends(job, "done", runs=2)
+    told = [(row["type"], row["status"]) for row in stage.deliveries(job)]
+    stage.expect(told == [("job.error", "delivered"), ("job.done", "delivered")], str(told))
+    stage.expect(stage.heard(job) == [1, 1], f"they were heard {stage.heard(job)}")
+
+
+@window()
+def slow_receivers_delay_no_round(stage: Stage) -> None:
+    jobs = [stage.new(callback_url=url) for url in RECEIVERS for _ in range(3)]
+    stage.pass_time(25.0)
+    with stage.trouble("callback", Fate(back=60.0)):
+        begun = stage.world.now
+        process = stage.minute(wait=False)
+        stage.pass_time(59.0)
+        began = [round(at - begun, 1) for at in process.rounds]
+        stage.expect(began == [0.0, 15.0, 30.0, 45.0], f"the rounds began at {began}")
+        stage.expect(process.alive and not process.busy, "the minute has not ended")
+    for job in jobs:
+        stage.ends(job, "done")
+
+
+@window()
+def a_host_that_is_down_holds_up_no_other(stage: Stage) -> None:
+    jobs = [stage.new(callback_url=HOOK) for _ in range(42)]
+    other = stage.new(callback_url=OTHER_HOOK)
+    stage.pass_time(25.0)
+    stage.round()
+    with stage.trouble(f"callback POST {HOOK}", Fate(back=60.0)):
+        stage.minute()
+        stage.expect(stage.heard(other) == [1], "it was not told in a minute")
+    stage.ends(other, "done")
+    stage.expect(all(sum(stage.heard(job)) >= 1 for job in jobs), "some were never told")
+
+
+@window()
+def a_receiver_wants_to_hear_nothing_more_until_it_is_told_again(stage: Stage) -> None:
+    job = stage.new(callback_url=HOOK)
+    stage.pass_time(25.0)
+    stage.next("callback", NO_MORE)
+    stage.minute()
+    stage.pass_time(DAY)
+    stage.minute()
+    stage.expect([row["status"] for row in stage.deliveries(job)] == ["failed"], "410 is not the end")
+    stage.expect(stage.heard(job) == [0], "it was told again")
+    stage.replay(job)
+    stage.pass_time(10.0)
+    stage.expect(stage.heard(job) == [1], "the replay was not told")
+    stage.ends(job, "done")
+
+
+@window()
+def a_receiver_that_never_hears_is_given_up_after_eight_tries(stage: Stage) -> None:
+    job = stage.new(callback_url=HOOK)
+    with stage.trouble("callback", Fate(refused=True)):
+        stage.ends(job, "done")
+    (row,) = stage.deliveries(job)
+    stage.expect((row["status"], row["tries"]) == ("failed", 8), f"{row['status']} after {row['tries']} tries")
+
+
+# Pictures that go into jobs
+
+
+@window()
+def a_create_while_its_picture_is_being_swept_is_refused(stage: Stage) -> None:
+    key = stage.offered()
+    stage.pass_time(DAY + 60.0)
+    stage.next("r2 DELETE", Fate(out=3.0))
+    stage.sweep(wait=False)  # marks it, and takes long to remove it
+    stage.pass_time(1.0)
+    refusal = stage.new_with(key)
+    stage.expect(isinstance(refusal, RequestError) and refusal.code == "image_not_found", f"{refusal!r}")
+    stage.pass_time(10.0)
+    stage.expect(key not in stage.world.clouds.r2.objects, "it was not removed")
+
+
+@window()
+def a_picture_is_swept_between_a_creates_look_and_its_insert(stage: Stage) -> None:
+    key = stage.offered()
+    stage.pass_time(DAY + 60.0)
+    stage.next("d1", Fate(out=5.0))
+    stage.new_with(key, wait=False)
+    stage.pass_time(1.0)
+    stage.sweep()
+    stage.pass_time(10.0)
+    stage.expect(not stage.world.clouds.execute("SELECT 1 FROM jobs"), "it was made without its picture")
+
+
+@window()
+def a_create_that_comes_before_the_sweep_keeps_its_picture(stage: Stage) -> None:
+    key = stage.offered()
+    stage.pass_time(DAY + 60.0)
+    stage.next("d1", BROKEN_OFF)
+    job = stage.new_with(key)
+    stage.sweep()
+    stage.ends(job.id, "done")
+    stage.expect(key in stage.world.clouds.r2.objects, "its picture is gone")
+
+
+@window()
+def a_picture_stays_until_the_last_of_its_jobs_is_deleted(stage: Stage) -> None:
+    key = stage.offered()
+    first, second = stage.new_with(key), stage.new_with(key)
+    stage.pass_time(25.0)
+    stage.rounds(2)
+    stage.say("delete", first.id)
+    stage.pass_time(DAY + 60.0)
+    stage.sweep()
+    stage.expect(key in stage.world.clouds.r2.objects, "it is gone, and a job uses it")
+    stage.next("d1", Fate(), LOST, LOST)  # the mark; the delete, and its repeat
+    stage.say("delete", second.id)
+    stage.pass_time(1.0)
+    stage.sweep()
+    stage.expect(key not in stage.world.clouds.r2.objects, "it was left")
+
+
+@window()
+def a_sweep_that_breaks_off_is_gone_on_with(stage: Stage) -> None:
+    key = stage.offered()
+    stage.pass_time(DAY + 60.0)
+    with stage.trouble("r2 DELETE", Fate(refused=True)):
+        stage.sweep()
+    stage.expect(isinstance(stage.new_with(key), RequestError), "a job uses what is being removed")
+    stage.next("d1", Fate(), D1_FAILS, D1_FAILS, D1_FAILS)
+    stage.sweep()
+    stage.expect(key not in stage.world.clouds.r2.objects, "it was left")
+    stage.sweep()
+    stage.expect(not stage.world.clouds.execute("SELECT 1 FROM uploads"), "it is written down for ever")
+
+
+@window()
+def a_copy_that_no_job_was_made_for_is_swept(stage: Stage) -> None:
+    stage.next("d1", Fate(), D1_FAILS, D1_FAILS, D1_FAILS)  # its key; the insert
+    refusal = stage.new_with(f"{PICTURES}/1.png")
+    stage.expect(isinstance(refusal, ServiceError), f"it was made: {refusal!r}")
+    stage.expect(len(stage.world.clouds.r2.objects) == 1, "there is no copy")
+    stage.pass_time(DAY + 60.0)
+    stage.sweep()
+    stage.expect(not stage.world.clouds.r2.objects, "the copy was left")
 
 
 __all__ = ["WINDOWS", "Process", "Stage", "run_window"]

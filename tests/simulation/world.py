@@ -22,6 +22,7 @@ import greenlet
 from chalicelib import bootstrap, settings
 from chalicelib.bootstrap import Machine, Service
 from chalicelib.errors import IndeterminateError, ServiceError, TransientError
+from chalicelib.rounds import Report
 from chalicelib.runtime import Clock
 from chalicelib.wire import Reply
 from tests.simulation import s3
@@ -62,6 +63,8 @@ class Process:
         self.skew = skew
         self.alive = True
         self.busy = False
+        self.frozen = False
+        self.rounds: list[float] = []  # when they began
         self.service = self._build()
 
     def _build(self) -> Service:
@@ -79,6 +82,13 @@ class Process:
         service.bucket._client = s3.r2_client()
         if service.pipeline.steps.results.spool:
             service.pipeline.steps.results.spool._client = s3.spool_client()
+        run_round = service.pipeline.run_round
+
+        def told_round(*args: Any, **kwargs: Any) -> Report:
+            self.rounds.append(world.now)
+            return run_round(*args, **kwargs)
+
+        service.pipeline.run_round = told_round  # type: ignore[method-assign]
         return service
 
     def kill(self) -> None:
@@ -166,14 +176,14 @@ class SimWire:
         timeout: float,
         max_bytes: int,
     ) -> Reply:
-        status, head, content = self._process.world.call(service, method, url, body or b"", timeout)
+        status, head, content = self._process.world.call(service, method, url, body or b"", timeout, headers)
         return Reply(status, s3.Headers(head), content)
 
     @contextmanager
     def open(
         self, service: str, method: str, url: str, *, headers: Any, body: bytes | None = None, timeout: float
     ) -> Iterator["SimStream"]:
-        status, head, content = self._process.world.call(service, method, url, body or b"", timeout)
+        status, head, content = self._process.world.call(service, method, url, body or b"", timeout, headers)
         yield SimStream(status, s3.Headers(head), content)
 
 
@@ -297,6 +307,7 @@ class World:
         def time_is_up() -> None:
             if process.invocation is task and process.alive:
                 process.kill()
+                self.invariants.check(process.frozen, f"{process.name} has not ended in its time")
 
         self.at(LAMBDA_SECONDS[kind], time_is_up)
         return process
@@ -310,7 +321,7 @@ class World:
     # The wire
 
     def call(
-        self, service: str, method: str, url: str, body: bytes, timeout: float
+        self, service: str, method: str, url: str, body: bytes, timeout: float, headers: Any
     ) -> tuple[int, dict[str, str], bytes]:
         """One exchange over the wire, as the faults will have it; raises what wire.Wire raises."""
         if self._closed:
@@ -320,19 +331,20 @@ class World:
         number = self.calls
         operation = f"{service} {method} {urlsplit(url).path}"
         self.trace.append(f"{self.now:10.3f} {process.name:12} {operation}")
-        self.invariants.before_call(process, service, method, url)
+        self.invariants.before_call(process, service, method, url, headers, body)
         fate = self.faults.fate(self, service, method, url)
         if self.kill_at.get(number) == "before":
             self._die(process)
         if fate.frozen:
+            process.frozen = True
             self.sleep(1e9)
         try:
             if fate.refused:
                 self.sleep(0.01)
                 raise TransientError(f"{service}_unreachable", "Nothing was sent.", service=service)
-            answer = self._exchange(process, number, service, method, url, body, fate, timeout)
+            answer = self._exchange(process, number, service, method, url, headers, body, fate, timeout)
         finally:
-            self.invariants.call_over(process, url)
+            self.invariants.call_over(process, url, headers)
         self.invariants.after_call(process, service, method, url, body, answer)
         return answer
 
@@ -343,6 +355,7 @@ class World:
         service: str,
         method: str,
         url: str,
+        headers: Any,
         body: bytes,
         fate: Fate,
         timeout: float,
@@ -351,7 +364,7 @@ class World:
 
         def effect() -> None:
             if fate.effect:
-                slot.append(self.clouds.handle(service, method, url, body, process))
+                slot.append(self.clouds.handle(service, method, url, headers, body, process))
             if self.kill_at.get(number) == "after":
                 process.kill()
 
