@@ -484,7 +484,7 @@ def test_no_secret_is_anywhere_but_in_the_parameter_store(deployed, packaged):
         "template": (packaged / "dev" / "template.json").read_bytes(),
         "zip": shipped,
     }
-    assert len(deployed.secrets) == 5
+    assert len(deployed.secrets) == 6
     for place, content in places.items():
         assert len(content) > 1000, place
         for name, secret in deployed.secrets.items():

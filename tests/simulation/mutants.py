@@ -30,7 +30,8 @@ class Mutant:
 
 CLAIM_SUBMITS = """  step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
   runpod_job_id = NULL, runpod_status = NULL, claimer = :nonce, due_at = :unknown_at, updated_at = :now,
-  endpoint_id = coalesce((SELECT own.value FROM json_each(:endpoints) AS own WHERE own.key = jobs.model), :endpoint_id),
+  endpoint_id = coalesce((SELECT own.value FROM json_each(:endpoints) AS own\
+ WHERE own.key = coalesce(jobs.model, 'qwen-image')), :endpoint_id),
   deadline_at = coalesce(deadline_at, :deadline_at)
 WHERE id IN ("""
 

@@ -109,12 +109,16 @@ class Told:
         self._check(changed <= SETTLED, f"{name}: {sorted(changed)} changed")
         self._check((row["due_at"] is None) == (row["status"] != "pending"), f"{name}: {row['status']} and its due_at")
         replayed = self._invariants.asked[row["job_id"]]["replay"] > 0
-        if row["tries"] > old["tries"]:
-            taken = old["claimer"] is not None and row["tries"] == old["tries"] + 1
-            self._check(taken, f"{name} was settled by who has not taken it")
+        if row["claimer"] not in (None, old["claimer"]):
+            self._check(row["tries"] == old["tries"] + 1, f"{name} was taken, and the try not counted")
+            self._check(row["log"] == old["log"], f"{name} was taken, and settled")
+        elif row["log"] != old["log"]:
+            self._check(old["claimer"] is not None, f"{name} was settled by who has not taken it")
+            self._check(row["tries"] == old["tries"], f"{name} was settled, and its tries changed")
             self._check_settled(name, row)
         else:
-            self._check(row["tries"] == old["tries"] or replayed, f"{name} has lost its tries")
+            given_back = old["claimer"] is not None and row["tries"] == old["tries"] - 1
+            self._check(row["tries"] == old["tries"] or given_back or replayed, f"{name} has lost its tries")
         self._check(old["status"] == "pending" or row["status"] == old["status"] or replayed, f"{name} came back")
 
     def _check_settled(self, name: str, row: Row) -> None:
