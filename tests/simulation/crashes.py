@@ -1,14 +1,15 @@
 """
 Exhaustive crash points: small stories in which a process is killed before or after each call, and at each pair of them.
 
-A call is everything that leaves the process: to D1, RunPod (/run, /status, /cancel), a worker's host, R2 and the spool.
-A callback is a call of RunPod's, whose handler makes some of these.
+A call is everything that leaves the process: to D1, RunPod (/run, /status, /cancel), a link's host, R2, the spool and a
+caller's own address. A callback of RunPod's is a call of its own, whose handler makes some of these.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from chalicelib.jobs import Status
+from tests.simulation.clouds import PICTURES, RECEIVERS
 from tests.simulation.faults import Fate, Faults, Plan
 from tests.simulation.scenario import ENVIRONMENT
 from tests.simulation.windows import Stage
@@ -44,11 +45,19 @@ def users_and_three_jobs(stage: Stage) -> None:
     stage.world.at(30.0, lambda: stage.wish("retry", 2))
 
 
+def one_job_with_a_picture_that_is_told_and_deleted(stage: Stage) -> None:
+    """A job whose picture lies behind a link, whose end is told, and which is deleted, so that the picture goes too."""
+    stage.world.at(3.0, stage.every_minute)
+    stage.create_with(replace(PLAN, webhook=False), pictures=(f"{PICTURES}/1.png",), callback_url=RECEIVERS[0])
+    stage.world.at(45.0, lambda: stage.wish("delete", 0))
+
+
 # The statuses that each job of a story may end with, wherever its processes are killed.
 DRAWN = {Status.DONE}
 STORIES: dict[str, tuple[Callable[[Stage], None], list[set[Status]]]] = {
     "one_job_by_all_ways": (one_job_by_all_ways, [DRAWN]),
     "one_job_by_polling": (one_job_by_polling, [DRAWN]),
+    "one_job_with_a_picture_that_is_told_and_deleted": (one_job_with_a_picture_that_is_told_and_deleted, [DRAWN]),
     "users_and_three_jobs": (users_and_three_jobs, [DRAWN, {Status.CANCELLED, Status.DONE}, {Status.ERROR}]),
 }
 

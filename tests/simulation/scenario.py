@@ -100,7 +100,8 @@ class Scenario:
         self.world.invoke("schedule", minute)
 
     def _calm_minute(self, service: Service, deadline: Deadline) -> None:
-        service.pipeline.run_round(deadline)
+        if not self.resting:  # then nothing is live
+            service.pipeline.run_round(deadline)
         if self._due("deliveries"):
             service.courier.run(deadline)
         if self._due("uploads"):
@@ -164,8 +165,12 @@ class Scenario:
         pictures: tuple[str, ...] = (),
         callback_url: str | None = None,
         plan: Plan | None = None,
+        number: int | None = None,
     ) -> Job:
-        """What the route does: look at the pictures, create the job, send it. Raises as the service does."""
+        """
+        What the route does: look at the pictures, create the job, send it. Its id gets the number's place, if there is
+        one. Raises as the service does.
+        """
         deadline = Deadline(service.clock, REQUEST_SECONDS)
         keys = service.uploads.take(pictures, deadline.less(CREATE_SECONDS)) if pictures else {}
         model = EDITS if pictures else "m"
@@ -177,7 +182,10 @@ class Scenario:
             pictures=[keys[picture] for picture in pictures],
             callback_url=callback_url,
         )
-        self.jobs.append(job.id)
+        if number is None:
+            self.jobs.append(job.id)
+        else:
+            self.jobs[number] = job.id
         if plan is not None:
             self.world.faults.plans[job.id, 0] = plan
         service.pipeline.create([job], deadline, by="test")

@@ -88,16 +88,13 @@ class Stage(Scenario):
         told = self.world.clouds.told
         return [told[f"msg_{job_id}_{row['version']}"] for row in self.deliveries(job_id)]
 
-    def create_with(self, plan: Plan, *, callback_url: str | None = None) -> None:
+    def create_with(self, plan: Plan, *, pictures: tuple[str, ...] = (), callback_url: str | None = None) -> None:
         """Begin to create a job, and do not wait for it."""
         number = len(self.jobs)
         self.jobs.append(f"job-{number}")
 
         def run(service: Service) -> object:
-            job = service.pipeline.new_job(prompt="a cat", model="m", payload=None, callback_url=callback_url)
-            self.jobs[number] = job.id
-            self.world.faults.plans[job.id, 0] = plan
-            return service.pipeline.create([job], Deadline(service.clock, REQUEST_SECONDS), by="test")
+            return self.make(service, pictures=pictures, callback_url=callback_url, plan=plan, number=number)
 
         self.world.invoke("api", run)
 

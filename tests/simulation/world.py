@@ -296,6 +296,8 @@ class World:
                 result = run(process.service)
             except ServiceError as error:
                 result = error
+            except Exception as error:
+                self.invariants.check(False, f"an invocation crashed: {error!r}")
             process.busy = False
             process.invocation = None
             if done:
