@@ -118,7 +118,10 @@ class Courier:
             raise no_such_delivery()
         self.run(deadline, job_id=job_id)
         _, rows = self.outbox.of(job_id, timeout=deadline.cap(D1_TIMEOUT))
-        return next(row for row in rows if row["n"] == n)
+        row = next((row for row in rows if row["n"] == n), None)
+        if row is None:  # the job was deleted meanwhile
+            raise no_such_delivery()
+        return row
 
     def _send_due(self, deadline: Deadline, job_id: str | None) -> tuple[int, list[Outcome]]:
         """How many were claimed, and the tries that were made."""

@@ -1555,6 +1555,19 @@ def a_receiver_that_never_hears_is_given_up_after_eight_tries(stage: Stage) -> N
     stage.expect((row["status"], row["tries"]) == ("failed", 8), f"{row['status']} after {row['tries']} tries")
 
 
+@window()
+def a_job_is_deleted_while_its_end_is_told_once_more(stage: Stage) -> None:
+    job = stage.new(callback_url=HOOK)
+    stage.pass_time(25.0)
+    stage.minute()
+    stage.next("callback", Fate(back=5.0))
+    stage.replay(job)
+    stage.pass_time(1.0)
+    stage.say("delete", job)
+    stage.pass_time(10.0)
+    stage.expect(not stage.exists(job), "it was not deleted")
+
+
 # Pictures that go into jobs
 
 

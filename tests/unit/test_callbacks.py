@@ -504,6 +504,20 @@ def test_there_is_no_such_delivery(client, bench, receiver, n):
     assert (len(receiver.got), deliveries(client, job_id)[0]["status"]) == (1, "delivered")
 
 
+def test_a_replay_of_a_job_that_is_deleted_meanwhile_finds_nothing(client, bench, receiver, table):
+    job_id = create(client)
+    minute(bench)
+
+    def deleted(request):
+        table("DELETE FROM deliveries")
+        return 204, {}, ""
+
+    receiver.__class__ = type("Deleting", (Receiver,), {"__call__": lambda self, request: deleted(request)})
+    status, answer, _ = call(client, "POST", f"/api/jobs/{job_id}/deliveries/1/replay")
+
+    assert (status, answer["code"]) == (404, "delivery_not_found")
+
+
 def test_a_job_that_is_not_there_has_no_deliveries(client, bench):
     assert call(client, "GET", "/api/jobs/nobody/deliveries")[0] == 404
 
