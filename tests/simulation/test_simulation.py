@@ -15,7 +15,7 @@ from tests.simulation.scenario import RATES, run_seed
 from tests.simulation.scenario import WINDOWS as LONG_FAULTS
 from tests.simulation.windows import WINDOWS, run_window
 
-SEEDS = 1000
+SEEDS = 300
 CHUNK = 50
 
 
