@@ -14,7 +14,7 @@ from chalicelib.content import Content
 from chalicelib.errors import PermanentError, ServiceError
 from chalicelib.models import Models
 from chalicelib.r2 import R2
-from chalicelib.runpod import Runpod
+from chalicelib.runpod import Condition, Runpod, condition_of
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.settings import Settings
 from chalicelib.spool import Spool
@@ -283,17 +283,20 @@ def _wrong_address(reply: Reply) -> Finding:
 
 
 def _workers(workers: dict[str, int], queued: int) -> Finding:
-    """What RunPod's counts mean for the next job; idle workers are counted as ready, too."""
-    at_work = max(workers.get("ready", 0), workers.get("idle", 0)) + workers.get("running", 0)
+    """What RunPod's counts mean for the next job."""
     wait = f"{_jobs_are(queued)} waiting there" if queued else "nothing waits there"
-    if at_work:
-        return Finding("runpod", f"The endpoint has {at_work} worker{'s' if at_work > 1 else ''}; {wait}.")
-    if workers.get("initializing", 0):
-        return Finding("runpod", f"The endpoint's workers are only just starting; {wait}.", "workers_starting")
-    if workers.get("throttled", 0):
-        return Finding("runpod", f"The endpoint's workers are throttled: no GPU is free; {wait}.", "workers_throttled")
-    if workers.get("unhealthy", 0):
-        return Finding("runpod", f"The endpoint's workers are unhealthy; {wait}.", "workers_unhealthy")
+    match condition_of(workers):
+        case Condition.WORKING:
+            # One that idles is counted as ready, too.
+            there = max(workers.get("ready", 0), workers.get("idle", 0)) + workers.get("running", 0)
+            return Finding("runpod", f"The endpoint has {there} worker{'s' if there > 1 else ''}; {wait}.")
+        case Condition.STARTING:
+            return Finding("runpod", f"The endpoint's workers are only just starting; {wait}.", "workers_starting")
+        case Condition.THROTTLED:
+            sentence = f"The endpoint's workers are throttled: no GPU is free; {wait}."
+            return Finding("runpod", sentence, "workers_throttled")
+        case Condition.UNHEALTHY:
+            return Finding("runpod", f"The endpoint's workers are unhealthy; {wait}.", "workers_unhealthy")
     if queued:
         return Finding("runpod", f"The endpoint has no worker, and gets none; {wait}.", "workers_none")
     return Finding("runpod", "The endpoint has no worker now, and no job.", "workers_scaled_to_zero")

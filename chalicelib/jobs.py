@@ -25,7 +25,9 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property
+from random import Random
 from typing import Any
+from uuid import UUID
 
 from chalicelib.errors import ServiceError
 
@@ -93,6 +95,11 @@ NORMAL, LOW = "normal", "low"  # priorities
 IN_QUEUE = "IN_QUEUE"  # what RunPod says before a worker has begun
 
 RUNPOD_KEEPS = timedelta(minutes=30)  # a result, from the end of its run
+
+
+def new_id(rng: Random) -> str:
+    """A random UUID."""
+    return str(UUID(int=rng.getrandbits(128), version=4))
 
 
 def to_text(moment: datetime) -> str:

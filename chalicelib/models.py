@@ -63,9 +63,8 @@ class Model:
     def schema(self) -> dict[str, Any]:
         """What a request must give, in JSON Schema; the prompt and the pictures have fields of their own in it."""
         slots = self.slots if self.template is not None else {PROMPT: ANY_PROMPT}
-        required = [name for name, slot in slots.items() if "default" not in slot and not slot.get("random")]
         properties = {name: {**ANY_PROMPT, **slot} if name == PROMPT else slot for name, slot in slots.items()}
-        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+        return {"type": "object", "properties": properties, "required": _required(slots), "additionalProperties": False}
 
     def read(self, prompt: str, slots: Mapping[str, Any]) -> dict[str, Any]:
         """
@@ -169,11 +168,15 @@ def _in_words(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _required(slots: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [name for name, slot in slots.items() if "default" not in slot and not slot.get("random")]
+
+
 def _check(model: str, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The values with the defaults of those that are missing. Raises RequestError that names the slot."""
     import fastjsonschema  # here, because only a job of a model with a template needs it
 
-    required = [name for name, slot in wanted.items() if "default" not in slot and not slot.get("random")]
+    required = _required(wanted)
     schema = {"type": "object", "properties": dict(wanted), "required": required}
     try:
         checked: dict[str, Any] = fastjsonschema.compile(schema)(dict(given))

@@ -78,8 +78,9 @@ class Outbox:
         self._run(["settle_deliveries"], {"rows": json.dumps(rows, ensure_ascii=False), "nonce": nonce}, timeout)
 
     def of(self, job_id: str, *, timeout: float) -> tuple[Job | None, list[Row]]:
-        """The job, if there is one, and what was to be told of it, oldest first."""
-        jobs, rows = self._run(["select_job", "select_deliveries"], {"id": job_id, "job_id": job_id}, timeout)
+        """The job in short, if there is one, and what was to be told of it, oldest first."""
+        values = {"ids": json.dumps([job_id]), "job_id": job_id}
+        jobs, rows = self._run(["select_runpod_ids", "select_deliveries"], values, timeout)
         return (Job.from_row(jobs[0]) if jobs else None), rows
 
     def replay(self, job_id: str, n: int, *, now: datetime, timeout: float) -> list[Row]:

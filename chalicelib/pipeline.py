@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from uuid import UUID
 
 from chalicelib import jobs, log, moves
 from chalicelib.courier import Courier
@@ -77,13 +76,12 @@ class Pipeline:
         A job with an id of its own, not yet in the table; `deadline` are the seconds it has in all, `slots` what the
         model's input is filled with, and `pictures` the keys of those that go into it.
         """
-        job_id = str(UUID(int=self.rng.getrandbits(128), version=4))
         now = self.clock.now()
         if slots is not None:
             payload = self.models.get(model).fill(slots, self.rng)
         places = self.models.get(model).places() if pictures else []
         return jobs.new(
-            job_id=job_id,
+            job_id=jobs.new_id(self.rng),
             prompt=prompt,
             model=model,
             payload=payload,

@@ -822,6 +822,11 @@ SELECT key FROM uploads WHERE due_at <= :now AND swept_at IS NOT NULL ORDER BY d
 DELETE FROM uploads WHERE key IN (SELECT value FROM json_each(:uploads)) AND swept_at IS NOT NULL
 
 
+-- part: host
+-- Scheme, host and port of a callback's address, which always has a path.
+substr(url, 1, instr(substr(url, 9), '/') + 8)
+
+
 -- name: claim_deliveries
 -- Take what is due at callback addresses: of the oldest and the newest only so many of one host, so that one that is down
 -- does not hold up the others. The try is counted here, for whoever makes it may end without a word.
@@ -832,7 +837,7 @@ WHERE (job_id, version) IN (
   FROM (
     SELECT
       job_id, version, due_at,
-      row_number() OVER (PARTITION BY substr(url, 1, instr(substr(url, 9), '/') + 8) ORDER BY due_at, job_id, version) AS nth
+      row_number() OVER (PARTITION BY {host} ORDER BY due_at, job_id, version) AS nth
     FROM (
       SELECT job_id, version, due_at, url
       FROM (SELECT job_id, version, due_at, url FROM deliveries WHERE due_at <= :now ORDER BY due_at LIMIT CAST(:window AS INTEGER))
@@ -860,7 +865,7 @@ SELECT job_id, version, type, url, data, created_at, tries
 FROM deliveries
 WHERE due_at = :lease_until AND claimer = :nonce
 ORDER BY
-  row_number() OVER (PARTITION BY substr(url, 1, instr(substr(url, 9), '/') + 8) ORDER BY created_at, job_id, version), created_at
+  row_number() OVER (PARTITION BY {host} ORDER BY created_at, job_id, version), created_at
 
 
 -- name: settle_deliveries

@@ -7,7 +7,7 @@ from typing import Any
 
 from chalicelib.errors import ServiceError
 from chalicelib.jobs import IN_QUEUE, LOW, Job, State, from_text, to_text
-from chalicelib.runpod import Runpod
+from chalicelib.runpod import Condition, Runpod, condition_of
 from chalicelib.runtime import Clock
 
 KEPT_SECONDS = 10.0  # for which RunPod's counts of an endpoint stand
@@ -116,17 +116,20 @@ def _times(number: int) -> str:
 
 
 def _at_runpod(there: Workers | None, waited: timedelta) -> Reason:
-    """What RunPod's counts mean for a run that waits there; a worker that idles is counted as ready, too."""
+    """What RunPod's counts mean for a run that waits there."""
     if there is None:
         return _reason("runpod_queue", "It waits at RunPod for a worker; RunPod does not say just now how that looks.")
-    if there.get("running", 0) or there.get("ready", 0) or there.get("idle", 0):
-        return _reason("runpod_queue", "It waits in RunPod's queue until a worker is free.")
-    if there.get("initializing", 0):
-        return _reason("worker_starting", "A worker is starting for it at RunPod.")
-    if there.get("throttled", 0):
-        return _reason("throttled", "RunPod has no free GPU for the endpoint just now: its workers are throttled.")
-    if there.get("unhealthy", 0):
-        return _reason("unhealthy", "The endpoint's workers are unhealthy: they crash or cannot start; see their logs.")
+    match condition_of(there):
+        case Condition.WORKING:
+            return _reason("runpod_queue", "It waits in RunPod's queue until a worker is free.")
+        case Condition.STARTING:
+            return _reason("worker_starting", "A worker is starting for it at RunPod.")
+        case Condition.THROTTLED:
+            return _reason("throttled", "RunPod has no free GPU for the endpoint just now: its workers are throttled.")
+        case Condition.UNHEALTHY:
+            return _reason(
+                "unhealthy", "The endpoint's workers are unhealthy: they crash or cannot start; see their logs."
+            )
     if waited < STARTS_WITHIN:
         return _reason("scaled_to_zero", "The endpoint had no worker, for nobody has used it; one is started for this.")
     if waited < PAUSED_AFTER:

@@ -27,6 +27,16 @@ class Verdict(StrEnum):
     NOT_FOUND = "NOT_FOUND"  # HTTP 404: not indexed yet, forgotten, or lost
 
 
+class Condition(StrEnum):
+    """What an endpoint's workers are to a run that waits."""
+
+    WORKING = "working"  # or idle, and about to take it
+    STARTING = "starting"
+    THROTTLED = "throttled"
+    UNHEALTHY = "unhealthy"
+    NONE = "none"
+
+
 @dataclass(frozen=True)
 class Answer:
     """RunPod's answer to /status; times in milliseconds, of the current dispatch only."""
@@ -142,6 +152,17 @@ class Runpod:
             timeout=timeout,
             max_bytes=MAX_ANSWER_BYTES,
         )
+
+
+def condition_of(workers: Mapping[str, int]) -> Condition:
+    """What the counts of health() mean for the next run: the best that any worker is."""
+    if workers.get("running", 0) or workers.get("ready", 0) or workers.get("idle", 0):
+        return Condition.WORKING
+    if workers.get("initializing", 0):
+        return Condition.STARTING
+    if workers.get("throttled", 0):
+        return Condition.THROTTLED
+    return Condition.UNHEALTHY if workers.get("unhealthy", 0) else Condition.NONE
 
 
 def _refusal(reply: Reply) -> ServiceError:

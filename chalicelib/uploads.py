@@ -8,14 +8,13 @@ from datetime import timedelta
 from functools import partial
 from random import Random
 from typing import Any
-from uuid import UUID
 
 from chalicelib import log, media
 from chalicelib.content import Content
 from chalicelib.d1 import D1
 from chalicelib.errors import RequestError, ServiceError, TransientError
 from chalicelib.fetch import Fetch
-from chalicelib.jobs import to_text
+from chalicelib.jobs import new_id, to_text
 from chalicelib.queries import bind
 from chalicelib.r2 import R2
 from chalicelib.results import DOUBTED
@@ -66,7 +65,9 @@ class Uploads:
             self._write_down(fetched, deadline)
         with self.new_crew(THREADS) as crew:
             for one, key in keys.items():
-                crew.start(partial(self._look_at if one == key else self._copy, one, key, deadline))
+                crew.start(
+                    partial(self._look_at, key, deadline) if one == key else partial(self._copy, one, key, deadline)
+                )
             while crew.busy:
                 for error in crew.wait(1.0):
                     if isinstance(error, BaseException):
@@ -90,27 +91,26 @@ class Uploads:
         return len(removed)
 
     def _new_key(self) -> str:
-        name = UUID(int=self.rng.getrandbits(128), version=4)
-        return f"{PREFIX}{self.clock.now():%Y/%m/%d}/{name}"
+        return f"{PREFIX}{self.clock.now():%Y/%m/%d}/{new_id(self.rng)}"
 
     def _write_down(self, keys: list[str], deadline: Deadline) -> None:
         now = self.clock.now()
         values = {"now": to_text(now), "due_at": to_text(now + UNUSED_FOR), "uploads": json.dumps(keys)}
         self.d1.query([bind("offer_uploads", values)], timeout=deadline.cap(D1_TIMEOUT))
 
-    def _look_at(self, one: str, key: str, deadline: Deadline) -> None:
+    def _look_at(self, key: str, deadline: Deadline) -> None:
         try:
             beginning, size = self.bucket.beginning(key, media.HEAD_BYTES, deadline=deadline)
         except ServiceError as error:
             if error.code in ("link_not_found", "r2_missing"):
                 raise no_picture(key) from error
             if error.code == "r2_empty":
-                raise _not_usable(one, "is empty") from error
+                raise _not_usable(key, "is empty") from error
             raise
         if size > MAX_BYTES:
-            raise _not_usable(one, f"has more than {MAX_BYTES // 1_000_000} MB")
+            raise _not_usable(key, f"has more than {MAX_BYTES // 1_000_000} MB")
         if media.sort_of(beginning) != "image":
-            raise _not_usable(one, "is no picture")
+            raise _not_usable(key, "is no picture")
 
     def _copy(self, url: str, key: str, deadline: Deadline) -> None:
         with Content(deadline, most=MAX_BYTES) as content:
