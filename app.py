@@ -30,6 +30,16 @@ def finish(event: Request, get_response: Any) -> Response:
     return answers.finish(event, get_response)
 
 
+@app.route("/", methods=["GET"])
+def get_page() -> Response:
+    return api.get_page(app.current_request)
+
+
+@app.route("/ui/{name}", methods=["GET"])
+def get_page_file(name: str) -> Response:
+    return api.get_page_file(app.current_request, name)
+
+
 @app.route("/health", methods=["GET"])
 def get_health() -> Response:
     return api.get_health(app.current_request)

@@ -66,10 +66,10 @@ def route(
                 response = respond(200 if answer["ok"] else 503, answer, call.headers)
                 return unless_known(request, response) if etag else response
             except ServiceError as error:
-                return _refuse(error)
+                return refuse(error)
             except Exception:
                 log.crashed("request_crashed")
-                return _refuse(ServiceError(*CRASHED))
+                return refuse(ServiceError(*CRASHED))
 
         return answer
 
@@ -121,7 +121,8 @@ def unless_known(request: Request, response: Response) -> Response:
     return response
 
 
-def _refuse(error: ServiceError) -> Response:
+def refuse(error: ServiceError) -> Response:
+    """The answer to what cannot be done, which the log has too where that is not the caller's fault."""
     if not isinstance(error, RequestError):
         log.failed("request_failed", error)
     headers = {}

@@ -1,7 +1,7 @@
 """The answers of every route, and what the schedule runs: requests in, JSON out."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
@@ -11,12 +11,12 @@ from urllib.parse import unquote
 
 from chalice.app import Request, Response
 
-from chalicelib import advice, answers, filters, inputs, jobs, log, orders
+from chalicelib import advice, answers, filters, inputs, jobs, log, orders, page
 from chalicelib.answers import ANONYMOUS, Answer, Call, route
 from chalicelib.auth import Right
 from chalicelib.bootstrap import service
 from chalicelib.d1 import Row
-from chalicelib.errors import IndeterminateError, RequestError, no_such_job
+from chalicelib.errors import IndeterminateError, RequestError, SettingError, no_such_job
 from chalicelib.jobs import FINAL, Job, Status
 from chalicelib.reads import COUNTED
 from chalicelib.runtime import Deadline
@@ -33,6 +33,31 @@ CREATE_SECONDS = 10.0  # of a request, kept for the create itself when pictures 
 DEV_ROUND_SECONDS = 20.0
 HEALTH_SECONDS = 20.0
 SCHEDULE_RESERVE = 0.5  # seconds of the Lambda's time kept for returning
+
+
+def get_page(request: Request | None) -> Response:
+    """The gallery page: open."""
+    assert request is not None
+    return _file(request, page.INDEX, page.index(request.context["path"]))
+
+
+def get_page_file(request: Request | None, name: str) -> Response:
+    """What the gallery page is made of beside itself: open, too."""
+    assert request is not None
+    known = unquote(name)
+    if known == page.INDEX or known not in page.files():
+        return answers.refuse(RequestError("file_not_found", "The page has no such file."))
+    return _file(request, known, page.files()[known])
+
+
+def _file(request: Request, name: str, text: str) -> Response:
+    clouds: Iterable[str]
+    try:
+        clouds = service().settings.picture_urls
+    except SettingError:  # the page comes all the same, and shows what the API says of it
+        clouds = ()
+    response = Response(body=text, headers={"Content-Type": page.content_type(name), **page.headers(clouds)})
+    return answers.unless_known(request, response)
 
 
 def get_health(request: Request | None) -> Response:
@@ -158,7 +183,7 @@ def get_status(call: Call, job_id: str | None = None) -> Answer:
 def list_jobs(call: Call) -> Answer:
     """Jobs, newest first."""
     query = inputs.query_of(call.request)
-    wanted, counts = filters.from_query(query), filters.read_include(query)
+    wanted, counts = filters.from_query(query), inputs.read_include(query.get("include"), "counts")
     limit, after = inputs.read_limit(query.get("limit")), inputs.read_cursor(query.get("cursor"))
     found = call.service.reads.page(wanted, limit=limit + 1, after=after, counts=counts, timeout=READ_SECONDS)
     page = _fitting([call.service.views.job(job) for job in found.jobs[:limit]])
@@ -182,6 +207,7 @@ def _fitting(jobs: list[Answer]) -> list[Answer]:
 def get_job(call: Call, job_id: str) -> Answer:
     """One job with its timeline and attempts; held back until it has ended where the caller prefers to wait."""
     wanted = inputs.read_id(unquote(job_id))
+    with_input = inputs.read_include(inputs.query_of(call.request).get("include"), "input")
     wait = inputs.read_wait(call.request)
     if wait is None:
         job, timeline = call.service.reads.job_with_timeline(wanted, timeout=READ_SECONDS)
@@ -189,7 +215,7 @@ def get_job(call: Call, job_id: str) -> Answer:
         wait = min(wait, MOST_SECONDS)
         job, timeline = call.service.waiting.until_final(wanted, wait)
         call.headers["Preference-Applied"] = f"wait={wait}"
-    return {"job": call.service.views.whole(_found(job, timeline), timeline)}
+    return {"job": call.service.views.whole(_found(job, timeline), timeline, with_input=with_input)}
 
 
 @route(Right.READ, etag=True)

@@ -29,6 +29,7 @@ REQUEST_STATUS = {
     "input_invalid": 400,
     "dry_run_invalid": 400,
     "error_code_invalid": 400,
+    "file_not_found": 404,
     "filter_invalid": 400,
     "flag_invalid": 400,
     "forbidden": 403,

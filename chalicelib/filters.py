@@ -34,14 +34,6 @@ def from_query(query: MultiDict) -> Filter:
     return _read({**given, **({"metadata": metadata} if metadata else {})})
 
 
-def read_include(query: MultiDict) -> bool:
-    """Whether the counts are asked for."""
-    include = query.get("include")
-    if include not in (None, "counts"):
-        raise RequestError("include_invalid", "include must be counts.")
-    return include is not None
-
-
 def read_bulk(body: dict[str, Any]) -> tuple[str, Filter]:
     """What to do to the jobs of which filter. Raises RequestError."""
     if unknown := [name for name in body if name not in OF_BULK]:

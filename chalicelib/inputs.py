@@ -142,6 +142,13 @@ def read_flag(name: str, text: str | None) -> bool:
     return text == "1"
 
 
+def read_include(text: str | None, what: str) -> bool:
+    """Whether the query wants this in the answer too, which is all that it may want."""
+    if text not in (None, what):
+        raise RequestError("include_invalid", f"include must be {what}.")
+    return text is not None
+
+
 def read_cursor(text: str | None) -> tuple[str, str]:
     """The (created_at, id) after which the page begins."""
     if text is None:

@@ -196,6 +196,11 @@ class Settings:
     )
 
     @property
+    def picture_urls(self) -> tuple[str, str]:
+        """What the addresses of all pictures begin with: what is read, and what is signed; the first may be empty."""
+        return self.r2_public_base_url, self.r2_endpoint
+
+    @property
     def r2_endpoint(self) -> str:
         """The S3 endpoint to use."""
         return self.r2_endpoint_url or f"https://{self.cloudflare_account_id}.r2.cloudflarestorage.com"

@@ -106,10 +106,14 @@ class Views:
         rest = {name: value for name, value in data.items() if name not in ("cost", "wasted", "uncosted")}
         return {**rest, "outputs": files, "result_url": url, "cost": _cost(job)}
 
-    def whole(self, job: Job, timeline: list[Row]) -> View:
-        """A job with what happened to it and the runs that were begun for it."""
+    def whole(self, job: Job, timeline: list[Row], *, with_input: bool = False) -> View:
+        """
+        A job with what happened to it and the runs that were begun for it, and what RunPod is given where that is
+        wanted; pictures stand in there by their keys.
+        """
         lines = [{"at": line["at"], "event": line["event"], **json.loads(line["detail"])} for line in timeline]
-        return {**self.job(job), "timeline": lines, "attempts": attempts.of(job, timeline)}
+        given = {"input": job.payload(lambda key: key)} if with_input else {}
+        return {**self.job(job), "timeline": lines, "attempts": attempts.of(job, timeline), **given}
 
     def dead_letter(self, job: Job) -> View:
         """A dead letter, with what is left of its result."""

@@ -28,7 +28,8 @@ class Shape:
     headers: Mapping[str, Part]
     required: frozenset[str]
     head: Draft202012Validator
-    body: Draft202012Validator | None  # None: it has none
+    body: Draft202012Validator | None  # None: it has none, or one of the texts
+    texts: frozenset[str]
 
     def check(self, headers: Mapping[str, str], body: bytes) -> None:
         """Raises AssertionError, or ValidationError."""
@@ -37,7 +38,10 @@ class Shape:
         telling = {name.lower() for name in TELLING} & given.keys()
         assert telling <= self.headers.keys(), f"has {sorted(telling)}"
         self.head.validate({name: _typed(given[name], self.headers[name]) for name in self.headers if name in given})
-        if self.body is None:
+        if self.texts:
+            assert given["content-type"].partition(";")[0] in self.texts
+            assert body.decode()
+        elif self.body is None:
             assert body == b""
         else:
             self.body.validate(json.loads(body))
@@ -98,12 +102,13 @@ def _shape(method: str, path: str, status: int) -> Shape:
     response = resolve(responses[str(status)])
     headers = {name.lower(): resolve(header) for name, header in response["headers"].items()}
     required = {name for name, header in headers.items() if header.get("required")}
-    content = response.get("content")
+    content = response.get("content", {})
     return Shape(
         headers=headers,
         required=frozenset(required),
         head=validator({"properties": {name: header["schema"] for name, header in headers.items()}}),
-        body=validator(content["application/json"]["schema"]) if content else None,
+        body=validator(content["application/json"]["schema"]) if "application/json" in content else None,
+        texts=frozenset(name for name in content if name.startswith("text/")),
     )
 
 

@@ -17,6 +17,8 @@ NAMED = {right: keys.new(f"the-{right.word}-key", right) for right in Right}
 
 # What each route wants; a new one cannot be forgotten.
 RIGHTS = {
+    ("GET", "/"): None,
+    ("GET", "/ui/{name}"): None,
     ("GET", "/health"): None,
     ("GET", "/openapi.json"): None,
     ("POST", "/webhooks/runpod/{job_id}/{attempt}/{token}"): None,

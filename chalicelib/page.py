@@ -1,0 +1,59 @@
+"""The gallery page: its files, and what a browser is told to let them do. All it knows it asks of the public API."""
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlsplit
+
+FOLDER = Path(__file__).with_name("ui")
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+INDEX = "index.html"
+
+# As the files stand in their folder, any static host can serve them; the service has the others under ui/.
+BESIDE = '"./'
+API = 'data-api=""'
+
+
+@cache
+def files() -> dict[str, str]:
+    """The text of each file by its name."""
+    return {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
+
+
+def index(path: str) -> str:
+    """
+    The page as it is asked for at `path`, which with API Gateway begins with the stage.
+
+    Every address in it is relative. Only at the stage itself without a slash, where relative ones lead out of the
+    stage, they begin with it.
+    """
+    root = "" if path.endswith("/") else f"{path}/"
+    return files()[INDEX].replace(BESIDE, f'"{root}ui/').replace(API, f'data-api="{root or "./"}"')
+
+
+def content_type(name: str) -> str:
+    """Of one of the files."""
+    return f"{TYPES[Path(name).suffix]}; charset=utf-8"
+
+
+def headers(clouds: Iterable[str]) -> dict[str, str]:
+    """What a browser is told of each file: scripts are ours alone, pictures those of R2, found under these URLs."""
+    hosts = sorted({f"{parts.scheme}://{parts.netloc}" for parts in map(urlsplit, clouds) if parts.netloc})
+    policy = {
+        "default-src": ["'none'"],
+        "script-src": ["'self'"],
+        "style-src": ["'self'"],
+        "connect-src": ["'self'", *hosts],
+        "img-src": ["'self'", "data:", "blob:", *hosts],
+        "media-src": hosts or ["'none'"],
+        "base-uri": ["'none'"],
+        "form-action": ["'none'"],
+        "frame-ancestors": ["'none'"],
+        "require-trusted-types-for": ["'script'"],
+        "trusted-types": ["'none'"],
+    }
+    return {
+        "Content-Security-Policy": "; ".join(" ".join([name, *sources]) for name, sources in policy.items()),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }

@@ -1,0 +1,162 @@
+// The page: its header and views, the key, and the one loop that asks the API how things stand.
+
+import * as api from "./api.js";
+import { button, byId, fill, h } from "./dom.js";
+import * as gallery from "./gallery.js";
+import * as make from "./make.js";
+import { address, go, here, onMove, stays } from "./place.js";
+import { LANGUAGES, language, span, speak, switchTo, t } from "./words.js";
+
+const BUSY = 3; // seconds from one look to the next while a job is live
+const IDLE = 15;
+const HIDDEN = 60;
+const DEAD = 60; // and at the dead letters, whose number stands in the header
+const MOST_BACKOFF = 60;
+
+let view = null; // what is drawn: the gallery, or a module of the other two
+let open = null; // the module of the open job
+let drawn = ""; // the place that is drawn
+let timer;
+let looking = null;
+let failed = 0; // looks in a row
+let deadAt = -Infinity;
+let deadAmong; // failed jobs, when they were counted last
+
+const TITLES = { "": "Gallery", dead: "Dead letters", figures: "Figures" };
+const PLACES = { "": { view: "", job: "" }, dead: { view: "dead", job: "" }, figures: { view: "figures", job: "" } };
+const VIEWS = { dead: () => import("./dead.js"), figures: () => import("./figures.js") };
+
+function drawHeader() {
+  const tab = (name, word, ...more) => h("a", { "data-view": name, onclick: (event) => stays(event) && go(PLACES[name]) }, t(word), more);
+  fill(byId("header"),
+    button(t("Skip to the content"), () => byId("main").focus(), { class: "skip" }),
+    h("strong", {}, "OB AI Studio"),
+    h("nav", { "aria-label": t("Views") },
+      tab("", "Gallery"), tab("dead", "Dead letters", h("span", { id: "dead", class: "count", hidden: true })), tab("figures", "Figures")),
+    h("select", { id: "language", "aria-label": t("Language"), onchange: (event) => switchTo(event.target.value) },
+      Object.entries(LANGUAGES).map(([name, word]) => h("option", { value: name, selected: name === language, lang: name }, word))),
+    button(t("Forget the key"), () => { api.forget(); location.reload(); }, { id: "forget" }));
+}
+
+async function show() {
+  const { view: name = "", job, ...filter } = here();
+  const place = JSON.stringify([name, name ? "" : filter]);
+  if (place !== drawn) await drawView(name, place);
+  if (job) open ??= await import("./job.js");
+  if (open) open.show(job, { beside: gallery.beside, changed });
+  await look();
+}
+
+async function drawView(name, place) {
+  drawn = place;
+  document.title = `${t(TITLES[name] ?? TITLES[""])} – OB AI Studio`;
+  for (const tab of byId("header").querySelectorAll("[data-view]")) {
+    tab.href = address(PLACES[tab.dataset.view]);
+    if (tab.dataset.view === name) tab.setAttribute("aria-current", "page");
+    else tab.removeAttribute("aria-current");
+  }
+  const next = name in VIEWS ? await VIEWS[name]() : gallery;
+  if (next === view) {
+    if (next === gallery) gallery.reset();
+  } else {
+    drawMain(next);
+  }
+  view = next;
+  if (next === gallery) gallery.offerModels(make.names());
+}
+
+function drawMain(next) {
+  const content = h("section", { id: "content" });
+  fill(byId("main"), next === gallery && make.form(made), content);
+  next.draw(content, changed);
+}
+
+function made(job) {
+  gallery.add(job);
+  look();
+}
+
+/** Something was done: the job as it is now, null where it is gone, nothing where that is not known. */
+function changed(id, job) {
+  if (view === gallery && job) gallery.put(job);
+  if (view === gallery && job === null) gallery.remove(id);
+  deadAt = -Infinity;
+  look();
+}
+
+/** Look at how things stand, now and then by itself; one look at a time. */
+function look() {
+  clearTimeout(timer);
+  looking ??= lookOnce().finally(() => {
+    looking = null;
+    clearTimeout(timer);
+    if (api.key()) timer = setTimeout(look, 1000 * (failed ? Math.min(MOST_BACKOFF, failed) : document.hidden ? HIDDEN : busy() ? BUSY : IDLE));
+  });
+  return looking;
+}
+
+const busy = () => (open?.isOpen() ? open.busy() : view === gallery && gallery.busy());
+
+async function lookOnce() {
+  if (!api.key()) return askForKey();
+  try {
+    if ((await make.begin()) && view === gallery) gallery.offerModels(make.names());
+    if (open?.isOpen()) await open.refresh();
+    else await view?.refresh();
+    await countDead();
+    failed = 0;
+    byId("down").hidden = true;
+  } catch (error) {
+    if (!(error instanceof api.ApiError)) throw error;
+    if (error.status === 401) return askForKey(error);
+    failed = error.passing ? (error.after ?? Math.max(2, failed * 2)) : MOST_BACKOFF;
+    tellDown(error);
+  }
+}
+
+function tellDown(error) {
+  const wait = span(1000 * Math.min(MOST_BACKOFF, failed));
+  fill(byId("down"), error.message, ` (${error.code}) `, t("Trying again in {span}.", { span: wait }), " ", button(t("Try now"), look));
+  byId("down").hidden = false;
+}
+
+async function countDead() {
+  if (performance.now() - deadAt < DEAD * 1000 && deadAmong === gallery.failures()) return;
+  const found = await api.get("api/dead-letters?limit=100");
+  [deadAt, deadAmong] = [performance.now(), gallery.failures()];
+  const number = found.dead_letters.length;
+  fill(byId("dead"), number + (found.next_cursor ? "+" : ""));
+  byId("dead").hidden = !number;
+}
+
+/** Ask for the key, once; what was wrong with the last one stands beside. */
+function askForKey(error) {
+  clearTimeout(timer);
+  if (byId("key")) return;
+  const field = h("input", { id: "key", name: "key", type: "password", required: true, autocomplete: "current-password", spellcheck: "false", "aria-describedby": "key-wrong" });
+  const place = !api.fixed && h("label", {}, t("Address of the API"), h("input", { id: "address", type: "url", required: true, value: api.address(), placeholder: "https://api.example.com/v1/" }));
+  const box = h("dialog", { class: "ask", "aria-labelledby": "key-title", oncancel: (event) => event.preventDefault() },
+    h("h2", { id: "key-title" }, t("Your API key")),
+    h("p", {}, t("It is kept in this browser only, until you press “Forget the key”. ./run prints one; a running service's operator makes them.")),
+    h("form", { method: "dialog", onsubmit: () => { api.remember(field.value, byId("address")?.value); box.remove(); restart(); } },
+      place,
+      h("label", {}, t("API key"), field),
+      h("p", { id: "key-wrong", class: "wrong", role: "alert" }, error && `${error.message} (${error.code})`),
+      h("div", { class: "row end" }, h("button", { class: "main" }, t("Open the gallery")))));
+  document.body.append(box);
+  box.showModal();
+}
+
+function restart() {
+  drawn = "";
+  failed = 0;
+  byId("down").hidden = true;
+  show();
+}
+
+await speak();
+drawHeader();
+onMove(show);
+document.addEventListener("visibilitychange", () => document.hidden || look());
+setInterval(() => view === gallery && gallery.tick(), 1000);
+await show();

@@ -1,0 +1,78 @@
+// The dead letters: results that are paid for and could not be stored.
+
+import * as api from "./api.js";
+import { ask, button, byId, fill, h, say } from "./dom.js";
+import { link } from "./place.js";
+import { moment, t } from "./words.js";
+
+const PAGE = 100;
+let rows = [];
+let next = null;
+let tell = () => {};
+
+const LEFT = { spool: "The picture waits in the spool.", links: "The picture waits behind the worker's links.", runpod: "The picture waits at RunPod.", part: "Some of its files are kept, the rest is gone.", nothing: "Nothing is left of it." };
+
+export function draw(place, changed) {
+  tell = changed;
+  rows = [];
+  fill(place,
+    h("h1", {}, t("Dead letters")),
+    h("p", {}, t("These pictures are drawn and paid for, and could not be stored. Redrive stores them from where they are left, without a new run.")),
+    h("div", { class: "row" }, button(t("Redrive all"), redriveAll, { id: "redrive-all", class: "main", hidden: true })),
+    h("ul", { id: "letters", "aria-busy": "true" }),
+    button(t("Show older ones"), () => load(next), { id: "more-letters", hidden: true }));
+}
+
+/** Ask how it stands, unless the visitor reads on further down. */
+export const refresh = () => (rows.length > PAGE ? null : load(null));
+
+async function load(cursor) {
+  const answer = await api.get(`api/dead-letters?${new URLSearchParams({ limit: PAGE, ...(cursor && { cursor }) })}`);
+  if (!byId("letters")) return;
+  const found = cursor ? [...rows, ...answer.dead_letters] : answer.dead_letters;
+  const same = JSON.stringify(found) === JSON.stringify(rows);
+  [rows, next] = [found, answer.next_cursor];
+  byId("letters").removeAttribute("aria-busy");
+  byId("redrive-all").hidden = !rows.length;
+  byId("more-letters").hidden = !next;
+  if (!rows.length) fill(byId("letters"), h("li", {}, t("There is none. Every picture is where it belongs.")));
+  else if (!same) fill(byId("letters"), rows.map(letter));
+}
+
+function letter(row) {
+  const until = row.left_until ? ` ${t("Until {time}.", { time: moment(row.left_until) })}` : "";
+  return h("li", { class: "letter" },
+    h("a", { class: "prompt", dir: "auto", ...link({ job: row.id }) }, row.prompt || row.id),
+    h("p", { class: "wrong" }, row.error, " ", h("code", {}, row.error_code)),
+    h("p", {}, t(LEFT[row.left] ?? row.left), until),
+    h("p", { class: "small" }, moment(row.dead_at), " · ", t("{n} tries", { n: row.tries })),
+    button(t("Redrive"), () => redrive(row), { "aria-label": t("Redrive {prompt}", { prompt: row.prompt || row.id }) }));
+}
+
+async function redrive(row) {
+  try {
+    const { job } = await api.act("POST", `api/jobs/${row.id}/redrive`, {});
+    say(t("It is being stored."));
+    tell(row.id, job);
+  } catch (error) {
+    say(`${error.message} (${error.code})`, true);
+    tell(row.id);
+  }
+}
+
+async function redriveAll() {
+  if (!(await ask(t("Store all of them again? That costs no new run."), t("Redrive all")))) return;
+  const came = { redriven: 0, lost: 0, unknown: 0 };
+  let cursor = null;
+  try {
+    do {
+      const answer = await api.act("POST", "api/dead-letters/redrive", { limit: PAGE, ...(cursor && { cursor }) });
+      for (const name in came) came[name] += answer[name].length;
+      cursor = answer.next_cursor;
+    } while (cursor);
+    say(t("{redriven} are being stored, of {lost} nothing is left, of {unknown} RunPod says nothing just now.", came), came.lost + came.unknown > 0);
+  } catch (error) {
+    say(`${error.message} (${error.code})`, true);
+  }
+  tell(null);
+}

@@ -1,0 +1,226 @@
+// The gallery: one list request at a time keeps every card in view true.
+
+import * as api from "./api.js";
+import { byId, fill, h, media } from "./dom.js";
+import { address, FILTERS, go, here, link, stays } from "./place.js";
+import { badge, bar, live, ratio, reason, stage, STATUSES, when } from "./show.js";
+import { number, t } from "./words.js";
+
+const PAGE = 48; // jobs
+const MOST = 100; // that one request may ask for
+const FRESH = 5000; // ms for which a job that was just made here stays though the list does not have it yet
+
+let cards = []; // { job, element, fresh }, newest first
+let cursor = null; // of the next page
+let counts = null;
+let limit = 0; // of the counts
+let begun = false;
+let loading = false;
+
+export const jobs = () => cards.map((card) => card.job);
+export const busy = () => cards.some((card) => live(card.job));
+export const failures = () => counts?.error;
+
+/** The ids of the jobs before and after this one. */
+export function beside(id) {
+  const at = cards.findIndex((card) => card.job.id === id);
+  return at < 0 ? [] : [cards[at - 1]?.job.id, cards[at + 1]?.job.id];
+}
+
+export function draw(place) {
+  const tab = (status, word) => h("a", { "data-status": status, onclick: (event) => stays(event) && go({ status }) }, t(word), h("span", { class: "count" }));
+  fill(place,
+    h("nav", { id: "tabs", "aria-label": t("Status") }, tab("", "All"), Object.entries(STATUSES).map(([status, word]) => tab(status, word))),
+    h("form", { id: "filter", role: "search", onsubmit: (event) => event.preventDefault() },
+      h("input", { id: "q", type: "search", maxlength: 200, placeholder: t("Find in prompts and errors"), "aria-label": t("Find in prompts and errors"), oninput: search }),
+      h("select", { id: "model-filter", "aria-label": t("Model"), onchange: (event) => go({ model: event.target.value }) })),
+    h("ul", { id: "cards", "aria-label": t("Jobs") }),
+    h("div", { id: "end" }, h("button", { id: "more", type: "button", onclick: () => showOlder(true), hidden: true }, t("Show older ones"))));
+  nearEnd.disconnect();
+  reset();
+}
+
+/** Begin anew with the filter that the address has. */
+export function reset() {
+  [cards, cursor, counts, begun, loading] = [[], null, null, false, false];
+  const list = fill(byId("cards"), Array.from({ length: 6 }, () => h("li", { class: "card ghost" }, h("div", { class: "frame" }))));
+  list.setAttribute("aria-busy", "true");
+  byId("more").hidden = true;
+  byId("empty")?.remove();
+  if (byId("q").value.trim() !== (here().q ?? "")) byId("q").value = here().q ?? "";
+  drawTabs();
+}
+
+const nearEnd = new IntersectionObserver(([entry]) => entry.isIntersecting && showOlder(), { rootMargin: "800px" });
+
+let typing;
+function search(event) {
+  clearTimeout(typing);
+  const q = event.target.value.trim();
+  typing = setTimeout(() => go({ q }, { replace: true }), 350);
+}
+
+/** The models to choose from; one that the address names is there though nothing else is known of it. */
+export function offerModels(names) {
+  const chosen = here().model ?? "";
+  const all = [...new Set([...names, chosen])].filter(Boolean);
+  fill(byId("model-filter"),
+    h("option", { value: "" }, t("All models")),
+    all.map((name) => h("option", { value: name, selected: name === chosen }, name)));
+}
+
+function drawTabs() {
+  const all = counts && Object.values(counts).reduce((sum, count) => sum + count, 0);
+  for (const tab of byId("tabs").children) {
+    const { status } = tab.dataset;
+    const count = status ? counts?.[status] : all;
+    tab.href = address({ status });
+    tab.lastChild.textContent = counts ? number(Math.min(count, limit)) + (count >= limit ? "+" : "") : "";
+    if (status === (here().status ?? "")) tab.setAttribute("aria-current", "page");
+    else tab.removeAttribute("aria-current");
+  }
+}
+
+function path(extra) {
+  const wanted = FILTERS.map((name) => [name, here()[name]]).filter(([, value]) => value);
+  return `api/jobs?${new URLSearchParams([...wanted, ...Object.entries(extra)])}`;
+}
+
+/** Ask once for what is in view, and show what has changed. */
+export async function refresh() {
+  const asked = path({});
+  const from = anchor();
+  const answer = await api.get(path(from
+    ? { created_before: justAfter(from), limit: MOST }
+    : { include: "counts", limit: cards.length > PAGE ? MOST : PAGE }));
+  if (asked !== path({}) || !byId("cards")) return; // the visitor has gone elsewhere meanwhile
+  if (!begun || !answer.same) take(answer, from);
+  tick();
+}
+
+/** Since when the jobs in view were made, where they are not among the newest; in steps, so that the question stays the same. */
+function anchor() {
+  const first = Math.max(0, cards.findIndex(({ element }) => element.getBoundingClientRect().bottom > 0));
+  return first < PAGE ? null : cards[first - (first % PAGE)].job.created_at;
+}
+
+// The parameter leaves out its own instant.
+const justAfter = (iso) => new Date(Date.parse(iso) + 1).toISOString();
+
+/** What the answer spans is as it says: what it does not have of that is gone. */
+function take(answer, from) {
+  const there = new Set(answer.jobs.map((job) => job.id));
+  const until = answer.next_cursor ? answer.jobs.at(-1).created_at : "";
+  const spanned = ({ job }) => (!from || job.created_at <= from) && job.created_at >= until;
+  const gone = cards.filter((card) => spanned(card) && !there.has(card.job.id) && !(card.fresh > performance.now()));
+  gone.forEach(({ element }) => element.remove());
+  cards = cards.filter((card) => !gone.includes(card));
+  if (!begun) {
+    fill(byId("cards"));
+    cursor = answer.next_cursor;
+    begun = true;
+  }
+  answer.jobs.forEach((job) => put(job));
+  if (answer.counts) {
+    [counts, limit] = [answer.counts, answer.counts_limit];
+    drawTabs();
+  }
+  finish();
+}
+
+/** The next page; by itself when the end comes near, unless that has failed. */
+async function showOlder(wanted = false) {
+  if (!cursor || loading === true || (loading === "failed" && !wanted)) return;
+  loading = true;
+  const asked = path({});
+  try {
+    const answer = await api.get(path({ limit: PAGE, cursor }));
+    if (asked !== path({})) return;
+    answer.jobs.forEach((job) => put(job));
+    cursor = answer.next_cursor;
+    loading = false;
+  } catch {
+    loading = "failed";
+  }
+  finish();
+}
+
+function finish() {
+  const list = byId("cards");
+  if (!list) return;
+  list.removeAttribute("aria-busy");
+  const more = byId("more");
+  more.hidden = !cursor;
+  more.textContent = loading === "failed" ? t("That failed. Show older ones") : t("Show older ones");
+  nearEnd.unobserve(more); // observed anew, it tells at once whether it is in view still
+  nearEnd.observe(more);
+  byId("empty")?.remove();
+  if (!cards.length) byId("end").prepend(nothing());
+}
+
+function nothing() {
+  const filtered = FILTERS.some((name) => here()[name]);
+  return h("p", { id: "empty" }, filtered
+    ? [t("No job fits."), " ", h("a", link({ status: "", model: "", q: "" }), t("Show all"))]
+    : t("No job yet. Write above what you would like to see, and press Make: the picture appears here by itself."));
+}
+
+/** Show a job that was made here, before the list has it. */
+export function add(job) {
+  if (!begun || FILTERS.some((name) => here()[name])) return;
+  put(job, performance.now() + FRESH);
+  finish();
+}
+
+/** Show a job as it is now. */
+export function put(job, fresh = 0) {
+  const known = cards.find((card) => card.job.id === job.id);
+  if (known) return update(known, job);
+  const card = { element: h("li", { class: "card" }), fresh };
+  const at = cards.findIndex((other) => isNewer(job, other.job));
+  update(card, job);
+  if (at < 0) {
+    cards.push(card);
+    byId("cards").append(card.element);
+  } else {
+    cards[at].element.before(card.element);
+    cards.splice(at, 0, card);
+  }
+}
+
+export function remove(id) {
+  cards.find((card) => card.job.id === id)?.element.remove();
+  cards = cards.filter((card) => card.job.id !== id);
+  finish();
+}
+
+const isNewer = (one, other) => one.created_at > other.created_at || (one.created_at === other.created_at && one.id > other.id);
+
+function update(card, job) {
+  const before = card.job;
+  card.job = job;
+  if (JSON.stringify(before) === JSON.stringify(job)) return;
+  card.element.style.setProperty("--ratio", ratio(job));
+  const frame = frameOf(card, job, before);
+  const focused = card.element.contains(document.activeElement);
+  const name = t("Open the job: {prompt}", { prompt: job.prompt || job.id });
+  const open = h("a", { ...link({ job: job.id }), "aria-label": name }, frame,
+    h("div", { class: "line" }, badge(job), h("span", { class: "when" }, when(job))),
+    h("p", { class: "prompt", dir: "auto" }, job.prompt || job.id));
+  fill(card.element, open);
+  if (focused) open.focus();
+}
+
+/** The picture itself stays where it is the same: it would flicker, and a private bucket's links change. */
+function frameOf(card, job, before) {
+  const [file] = job.outputs;
+  if (file && before && file.key === before.outputs[0]?.key && before.status === job.status) return card.element.querySelector(".frame");
+  if (file && job.status === "done") return h("div", { class: "frame" }, media(file), job.outputs.length > 1 && h("span", { class: "many" }, `1/${job.outputs.length}`));
+  if (!live(job)) return h("div", { class: `frame ended ${job.status}` }, h("p", { class: "reason", dir: "auto" }, job.error ?? ""));
+  return h("div", { class: "frame live" }, h("p", { class: "stage" }, stage(job)), bar(job), h("p", { class: "reason" }, reason(job)));
+}
+
+/** What passes by itself: how long each has taken. */
+export function tick() {
+  for (const { job, element } of cards) element.querySelector(".when").textContent = when(job);
+}

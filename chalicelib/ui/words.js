@@ -1,0 +1,63 @@
+// What the page says, in the visitor's language. The English words stand in the code; th.js has the Thai ones for them.
+
+export const LANGUAGES = { en: "English", th: "ไทย" };
+const KEPT_AS = "ob.language";
+
+export let language = "en";
+let words = {};
+
+export async function speak() {
+  const wanted = [localStorage.getItem(KEPT_AS), ...navigator.languages].map((name) => name?.slice(0, 2));
+  language = wanted.find((name) => name in LANGUAGES) ?? "en";
+  if (language === "th") ({ words } = await import("./th.js"));
+  document.documentElement.lang = language;
+}
+
+export function switchTo(wanted) {
+  localStorage.setItem(KEPT_AS, wanted);
+  location.reload();
+}
+
+/** The text in the visitor's language, with the values in the places of {name}. */
+export function t(text, values = {}) {
+  return (Object.hasOwn(words, text) ? words[text] : text).replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
+}
+
+/** What the API said, or what is known in the visitor's language under its code. */
+export function told(kind, code, sentence, values = {}) {
+  const key = `${kind}:${code}`;
+  return Object.hasOwn(words, key) ? t(key, values) : sentence;
+}
+
+export const number = (value, options) => new Intl.NumberFormat(language, options).format(value);
+
+// A cost is a fraction of a cent, mostly; null is "not known".
+export const money = (usd) =>
+  usd == null ? t("unknown") : number(usd, { style: "currency", currency: "USD", maximumSignificantDigits: usd < 0.01 ? 2 : undefined });
+
+export const bytes = (size) =>
+  number(size < 1e6 ? size / 1e3 : size / 1e6, { maximumFractionDigits: size < 1e6 ? 0 : 1 }) + (size < 1e6 ? " kB" : " MB");
+
+export const moment = (iso) =>
+  new Intl.DateTimeFormat(language, { dateStyle: "medium", timeStyle: "medium" }).format(new Date(iso));
+
+export const clock = (iso) => new Intl.DateTimeFormat(language, { timeStyle: "medium" }).format(new Date(iso));
+
+let skew = 0; // ms by which the service's clock is ahead of this one
+export const now = () => Date.now() + skew;
+export function setClock(date) {
+  if (date) skew = Date.parse(date) - Date.now();
+}
+
+export function span(milliseconds) {
+  const seconds = Math.max(0, milliseconds / 1000);
+  if (seconds < 60) return t("{n} s", { n: number(seconds, { maximumFractionDigits: seconds < 10 ? 1 : 0 }) });
+  if (seconds < 3600) return t("{m} min {s} s", { m: Math.floor(seconds / 60), s: Math.floor(seconds % 60) });
+  return t("{h} h {m} min", { h: Math.floor(seconds / 3600), m: Math.floor((seconds % 3600) / 60) });
+}
+
+export function ago(iso) {
+  const seconds = (new Date(iso) - now()) / 1000;
+  const [unit, size] = [["day", 86400], ["hour", 3600], ["minute", 60]].find(([, size]) => -seconds >= size) ?? ["second", 1];
+  return new Intl.RelativeTimeFormat(language, { numeric: "auto" }).format(Math.min(0, Math.ceil(seconds / size)), unit);
+}
