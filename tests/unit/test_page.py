@@ -206,14 +206,11 @@ def thai():
 
 def said():
     """What the page may say: all that t() is given, and whatever begins like a sentence."""
-    found = set()
-    for name in FILES:
-        if name.endswith(".js") and name != "th.js":
-            found |= set(re.findall(r'\bt\("([^"]+)"', script(name))) | set(
-                re.findall(r'"([A-Z][a-z][^"]*)"', script(name))
-            )
+    scripts = [script(name) for name in FILES if name.endswith(".js") and name != "th.js"]
+    given = {text for each in scripts for text in re.findall(r'\bt\("([^"]+)"', each)}
+    begun = {text for each in scripts for text in re.findall(r'"([A-Z][a-z][^"]*)"', each)}
     stages = re.search(r"STAGES = \{(.+?)\}", script("show.js"))[1]
-    return ({one or other for one, other in found} | set(re.findall(r'"(.+?)"', stages))) - NO_WORDS
+    return given | (begun - NO_WORDS) | set(re.findall(r'"(.+?)"', stages))
 
 
 def table(begin, end):
