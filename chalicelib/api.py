@@ -45,9 +45,10 @@ def get_page_file(request: Request | None, name: str) -> Response:
     """What the gallery page is made of beside itself: open, too."""
     assert request is not None
     known = unquote(name)
-    if known == page.INDEX or known not in page.files():
+    text = page.text(known)
+    if text is None:
         return answers.refuse(RequestError("file_not_found", "The page has no such file."))
-    return _file(request, known, page.files()[known])
+    return _file(request, known, text)
 
 
 def _file(request: Request, name: str, text: str) -> Response:

@@ -1,7 +1,6 @@
 """The gallery page: its files, and what a browser is told to let them do. All it knows it asks of the public API."""
 
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,10 +13,10 @@ BESIDE = '"./'
 API = 'data-api=""'
 
 
-@cache
-def files() -> dict[str, str]:
-    """The text of each file by its name."""
-    return {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
+def text(name: str) -> str | None:
+    """Of one of the files; None where there is no such one. The page itself is index()."""
+    names = {path.name for path in FOLDER.iterdir()} - {INDEX}
+    return (FOLDER / name).read_text(encoding="utf-8") if name in names else None
 
 
 def index(path: str) -> str:
@@ -28,7 +27,12 @@ def index(path: str) -> str:
     stage, they begin with it.
     """
     root = "" if path.endswith("/") else f"{path}/"
-    return files()[INDEX].replace(BESIDE, f'"{root}ui/').replace(API, f'data-api="{root or "./"}"')
+    return (
+        (FOLDER / INDEX)
+        .read_text(encoding="utf-8")
+        .replace(BESIDE, f'"{root}ui/')
+        .replace(API, f'data-api="{root or "./"}"')
+    )
 
 
 def content_type(name: str) -> str:

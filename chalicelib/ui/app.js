@@ -1,7 +1,7 @@
 // The page: its header and views, the key, and the one loop that asks the API how things stand.
 
 import * as api from "./api.js";
-import { button, byId, fill, h } from "./dom.js";
+import { button, byId, fill, h, raise } from "./dom.js";
 import * as gallery from "./gallery.js";
 import * as make from "./make.js";
 import { address, go, here, onMove, stays } from "./place.js";
@@ -39,7 +39,8 @@ function drawHeader() {
 }
 
 async function show() {
-  const { view: name = "", job, ...filter } = here();
+  const { view: wanted, job, ...filter } = here();
+  const name = Object.hasOwn(VIEWS, wanted) ? wanted : "";
   const place = JSON.stringify([name, name ? "" : filter]);
   if (place !== drawn) await drawView(name, place);
   if (job) open ??= await import("./job.js");
@@ -49,13 +50,13 @@ async function show() {
 
 async function drawView(name, place) {
   drawn = place;
-  document.title = `${t(TITLES[name] ?? TITLES[""])} – OB AI Studio`;
+  document.title = `${t(TITLES[name])} – OB AI Studio`;
   for (const tab of byId("header").querySelectorAll("[data-view]")) {
     tab.href = address(PLACES[tab.dataset.view]);
     if (tab.dataset.view === name) tab.setAttribute("aria-current", "page");
     else tab.removeAttribute("aria-current");
   }
-  const next = name in VIEWS ? await VIEWS[name]() : gallery;
+  const next = name ? await VIEWS[name]() : gallery;
   if (next === view) {
     if (next === gallery) gallery.reset();
   } else {
@@ -100,9 +101,7 @@ const busy = () => (open?.isOpen() ? open.busy() : view === gallery && gallery.b
 async function lookOnce() {
   if (!api.key()) return askForKey();
   try {
-    if ((await make.begin()) && view === gallery) gallery.offerModels(make.names());
-    if (open?.isOpen()) await open.refresh();
-    else await view?.refresh();
+    await Promise.all([learn(), open?.isOpen() ? open.refresh() : view.refresh()]);
     await countDead();
     failed = 0;
     byId("down").hidden = true;
@@ -114,9 +113,14 @@ async function lookOnce() {
   }
 }
 
+async function learn() {
+  if ((await make.begin()) && view === gallery) gallery.offerModels(make.names());
+}
+
 function tellDown(error) {
+  raise();
   const wait = span(1000 * Math.min(MOST_BACKOFF, failed));
-  fill(byId("down"), error.message, ` (${error.code}) `, t("Trying again in {span}.", { span: wait }), " ", button(t("Try now"), look));
+  fill(byId("down"), `${error.message} (${error.code}) `, error.passing && t("Trying again in {span}.", { span: wait }), " ", button(t("Try now"), look));
   byId("down").hidden = false;
 }
 
@@ -138,7 +142,8 @@ function askForKey(error) {
   const box = h("dialog", { class: "ask", "aria-labelledby": "key-title", oncancel: (event) => event.preventDefault() },
     h("h2", { id: "key-title" }, t("Your API key")),
     h("p", {}, t("It is kept in this browser only, until you press “Forget the key”. ./run prints one; a running service's operator makes them.")),
-    h("form", { method: "dialog", onsubmit: () => { api.remember(field.value, byId("address")?.value); box.remove(); restart(); } },
+    h("form", { onsubmit: (event) => { event.preventDefault(); api.remember(field.value, byId("address")?.value); box.close(); box.remove(); restart(); } },
+      h("input", { type: "text", autocomplete: "username", value: "OB AI Studio", hidden: true }), // what a password manager keeps it under
       place,
       h("label", {}, t("API key"), field),
       h("p", { id: "key-wrong", class: "wrong", role: "alert" }, error && `${error.message} (${error.code})`),

@@ -47,9 +47,15 @@ function unshown(src, open) {
   return h("span", { class: "unshown" }, words, open && [" ", h("a", { href: src, target: "_blank", rel: "noreferrer" }, t("Open it"))]);
 }
 
+// Notes must stand in the open dialog, for all outside of it is covered and dumb.
+const notes = byId("notes");
+export const raise = () => ([...document.querySelectorAll("dialog[open]")].at(-1) ?? document.body).append(notes);
+document.addEventListener("close", raise, true);
+
 let saidAt = 0;
 /** Tell in passing, and to a screen reader. */
 export function say(text, bad = false) {
+  raise();
   const place = byId("said");
   place.className = bad ? "bad" : "";
   place.textContent = text;
@@ -60,7 +66,7 @@ export function say(text, bad = false) {
 /** Whether the visitor wants it. The answer is false on Esc. */
 export function ask(question, verb, { bad = false } = {}) {
   return new Promise((resolve) => {
-    const box = h("dialog", { class: "ask", "aria-labelledby": "asked", onclose: () => { box.remove(); resolve(box.returnValue === "yes"); } },
+    const box = h("dialog", { class: "ask", "aria-labelledby": "asked", onclose: () => { raise(); box.remove(); resolve(box.returnValue === "yes"); } },
       h("p", { id: "asked" }, question),
       h("form", { method: "dialog", class: "row end" },
         h("button", { value: "" }, t("Back")),

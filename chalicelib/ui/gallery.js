@@ -1,9 +1,9 @@
 // The gallery: one list request at a time keeps every card in view true.
 
 import * as api from "./api.js";
-import { byId, fill, h, media } from "./dom.js";
+import { byId, fill, h, media, safe } from "./dom.js";
 import { address, FILTERS, go, here, link, stays } from "./place.js";
-import { badge, bar, live, ratio, reason, stage, STATUSES, when } from "./show.js";
+import { badge, bar, files, live, ratio, reason, stage, STATUSES, when } from "./show.js";
 import { number, t } from "./words.js";
 
 const PAGE = 48; // jobs
@@ -30,6 +30,7 @@ export function beside(id) {
 export function draw(place) {
   const tab = (status, word) => h("a", { "data-status": status, onclick: (event) => stays(event) && go({ status }) }, t(word), h("span", { class: "count" }));
   fill(place,
+    h("h1", { class: "hidden" }, t("Gallery")),
     h("nav", { id: "tabs", "aria-label": t("Status") }, tab("", "All"), Object.entries(STATUSES).map(([status, word]) => tab(status, word))),
     h("form", { id: "filter", role: "search", onsubmit: (event) => event.preventDefault() },
       h("input", { id: "q", type: "search", maxlength: 200, placeholder: t("Find in prompts and errors"), "aria-label": t("Find in prompts and errors"), oninput: search }),
@@ -211,10 +212,14 @@ function update(card, job) {
   if (focused) open.focus();
 }
 
-/** The picture itself stays where it is the same: it would flicker, and a private bucket's links change. */
+/** The picture itself stays where it is the same: it would flicker, though a private bucket's links change. */
 function frameOf(card, job, before) {
-  const [file] = job.outputs;
-  if (file && before && file.key === before.outputs[0]?.key && before.status === job.status) return card.element.querySelector(".frame");
+  const [file] = files(job);
+  if (file && before && file.key === files(before)[0]?.key && before.status === job.status) {
+    const image = card.element.querySelector(".frame > img");
+    if (image && !image.complete) image.src = safe(file.url);
+    return card.element.querySelector(".frame");
+  }
   if (file && job.status === "done") return h("div", { class: "frame" }, media(file), job.outputs.length > 1 && h("span", { class: "many" }, `1/${job.outputs.length}`));
   if (!live(job)) return h("div", { class: `frame ended ${job.status}` }, h("p", { class: "reason", dir: "auto" }, job.error ?? ""));
   return h("div", { class: "frame live" }, h("p", { class: "stage" }, stage(job)), bar(job), h("p", { class: "reason" }, reason(job)));

@@ -4,10 +4,11 @@ import * as api from "./api.js";
 import { ask, button, copy, fill, h, media, safe, say } from "./dom.js";
 import { again, usualSeconds } from "./make.js";
 import { go } from "./place.js";
-import { advice, badge, bar, dead, live, reason, stage, when } from "./show.js";
+import { advice, badge, bar, dead, files, live, reason, stage, when } from "./show.js";
 import { bytes, clock, moment, money, span, t } from "./words.js";
 
-let box = null; // the dialog
+const content = h("div", {});
+let box = null; // the dialog around it
 let id = null;
 let job = null;
 let chosen = 0; // of its files
@@ -25,13 +26,13 @@ export function show(wanted, { beside, changed }) {
   if (wanted === id && isOpen()) return;
   [id, job, chosen, input] = [wanted, null, 0, null];
   box ??= build();
-  fill(box, head(), h("p", { class: "small" }, t("Loading…")));
+  fill(content, head(), h("p", { class: "small" }, t("Loading…")));
   if (!box.open) box.showModal();
   box.scrollTo(0, 0);
 }
 
 function build() {
-  const dialog = h("dialog", { id: "job", "aria-labelledby": "job-title", onkeydown: keys, onclick: (event) => event.target === dialog && leave(), onclose: () => { if (dialog.open) return; id = job = null; leave(); } });
+  const dialog = h("dialog", { id: "job", "aria-labelledby": "job-title", onkeydown: keys, onclick: (event) => event.target === dialog && leave(), onclose: () => { if (dialog.open) return; id = job = null; leave(); } }, content);
   document.body.append(dialog);
   return dialog;
 }
@@ -55,7 +56,7 @@ export async function refresh() {
     draw();
   } catch (error) {
     if (![400, 404, 410].includes(error.status)) throw error;
-    if (asked === id) fill(box, head(), h("p", { class: "wrong" }, `${error.message} (${error.code})`));
+    if (asked === id) fill(content, head(), h("p", { class: "wrong" }, `${error.message} (${error.code})`));
   }
 }
 
@@ -75,21 +76,23 @@ function head() {
 
 function draw() {
   // What has the focus, is played or is unfolded stays so, though all is drawn anew.
-  const kept = box.contains(document.activeElement) ? document.activeElement.dataset.keep : null;
-  const unfolded = [...box.querySelectorAll("details[open]")].map((part) => part.dataset.keep);
-  const stage = box.querySelector(".stage-area");
-  const same = stage?.dataset.shows === shows();
-  fill(box, head(), h("div", { class: "sides" },
-    same ? stage : pictureArea(),
-    h("div", { class: "side" }, state(), words(), actions(), facts(), attempts(), timeline(), raw())));
+  const kept = content.contains(document.activeElement) ? document.activeElement.dataset.keep : null;
+  const unfolded = [...content.querySelectorAll("details[open]")].map((part) => part.dataset.keep);
+  const side = h("div", { class: "side" }, state(), words(), actions(), facts(), attempts(), timeline(), raw());
+  if (content.querySelector(".stage-area")?.dataset.shows === shows()) {
+    content.firstChild.replaceWith(head());
+    content.querySelector(".side").replaceWith(side);
+  } else {
+    fill(content, head(), h("div", { class: "sides" }, pictureArea(), side));
+  }
   for (const part of box.querySelectorAll("details")) part.open = unfolded.includes(part.dataset.keep);
   if (kept) box.querySelector(`[data-keep="${kept}"]`)?.focus();
 }
 
-const shows = () => [job.id, job.status, chosen, ...job.outputs.map((file) => file.key)].join();
+const shows = () => [job.id, job.status, chosen, ...files(job).map((file) => file.key)].join();
 
 function pictureArea() {
-  const file = job.outputs[chosen];
+  const file = files(job)[chosen];
   const area = h("div", { class: "stage-area", "data-shows": shows() });
   if (!file) return area;
   const alt = t("The result: {prompt}", { prompt: job.prompt });
@@ -133,7 +136,7 @@ function compare(frame, given) {
 }
 
 async function download(file) {
-  const kind = file.key.slice(file.key.lastIndexOf("."));
+  const [kind = ""] = /\.\w{2,5}$/.exec(file.key) ?? [];
   const words = job.prompt.normalize().replace(/[^\p{L}\p{M}\p{N}]+/gu, "-").replace(/^-+|-+$/g, "");
   const number = job.outputs.length > 1 ? `-${chosen + 1}` : "";
   try {
@@ -193,13 +196,13 @@ async function act({ name, question, word, done, bad }) {
 const row = (name, ...value) => value.some((part) => part != null && part !== "") && [h("dt", {}, name), h("dd", { dir: "auto" }, value)];
 
 function facts() {
-  const file = job.outputs[chosen];
+  const file = files(job)[chosen];
   const wasted = job.cost.wasted_usd ? t(", of it {usd} for nothing", { usd: money(job.cost.wasted_usd) }) : "";
   return h("section", {}, h("h3", {}, t("Facts")), h("dl", {},
     row(t("Made"), moment(job.created_at)),
     job.finished_at && row(t("Took"), span(new Date(job.finished_at) - new Date(job.created_at))),
     row(t("Model"), job.model),
-    file && row(t("File"), [file.content_type, file.width && `${file.width} × ${file.height}`, bytes(file.bytes)].filter(Boolean).join(", ")),
+    file && row(t("File"), [file.content_type, file.width && `${file.width} × ${file.height}`, file.bytes && bytes(file.bytes)].filter(Boolean).join(", ")),
     row(t("Cost"), money(job.cost.usd) + wasted),
     job.result_until && dead(job) && row(t("Kept at RunPod until"), moment(job.result_until)),
     Object.entries(job.metadata).map(([name, value]) => row(name, value)),

@@ -38,9 +38,9 @@ function build() {
     h("label", { for: "prompt" }, t("What would you like to see?")),
     h("textarea", { id: "prompt", name: "prompt", rows: 2, maxlength: 10000, required: true, dir: "auto", onkeydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && form.requestSubmit() }),
     h("div", { class: "row" },
-      h("label", { class: "grow" }, h("span", { class: "hidden" }, t("Model")), h("select", { id: "model", name: "model", onchange: drawSlots })),
+      h("select", { id: "model", name: "model", "aria-label": t("Model"), onchange: drawSlots }),
+      h("p", { id: "about", class: "grow" }),
       h("button", { id: "send", class: "main" }, t("Make"))),
-    h("p", { id: "about" }),
     h("div", { id: "pictures", hidden: true }),
     h("details", { id: "values", hidden: true }, h("summary", {}, t("Values")), h("div", { id: "slots" })),
     h("p", { id: "refused", class: "wrong", role: "alert" }));

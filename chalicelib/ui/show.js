@@ -45,6 +45,12 @@ export function when(job) {
   return live(job) ? span(seconds * 1000) : ago(job.created_at);
 }
 
+/** What came of it; a job of the earlier version has an address, and nothing else is known of its picture. */
+export function files(job) {
+  if (job.outputs.length || !job.result_url) return job.outputs;
+  return [{ key: job.result_r2_key ?? job.result_url, url: job.result_url }];
+}
+
 /** What its picture is in width by height: known once it is there, square until then. */
 export function ratio(job) {
   const { width, height } = job.outputs[0] ?? {};

@@ -9,7 +9,7 @@ let words = {};
 export async function speak() {
   const wanted = [localStorage.getItem(KEPT_AS), ...navigator.languages].map((name) => name?.slice(0, 2));
   language = wanted.find((name) => name in LANGUAGES) ?? "en";
-  if (language === "th") ({ words } = await import("./th.js"));
+  if (language === "th") words = await import("./th.js").then((file) => file.words, () => ({})); // English rather than nothing
   document.documentElement.lang = language;
 }
 
