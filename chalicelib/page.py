@@ -27,12 +27,8 @@ def index(path: str) -> str:
     stage, they begin with it.
     """
     root = "" if path.endswith("/") else f"{path}/"
-    return (
-        (FOLDER / INDEX)
-        .read_text(encoding="utf-8")
-        .replace(BESIDE, f'"{root}ui/')
-        .replace(API, f'data-api="{root or "./"}"')
-    )
+    as_file = (FOLDER / INDEX).read_text(encoding="utf-8")
+    return as_file.replace(BESIDE, f'"{root}ui/').replace(API, f'data-api="{root or "./"}"')
 
 
 def content_type(name: str) -> str:

@@ -39,6 +39,7 @@ install_engines() {
   engine miniflare tests/engines/package-lock.json
   engine seaweedfs requirements-engines.txt
   engine lambda requirements.txt requirements-deploy.txt
+  engine browser requirements-browser.txt
 }
 
 engine() {
@@ -84,6 +85,18 @@ install_lambda() {
   # The wheels for this machine tell Chalice what is needed; those for Lambda's own go into the zip.
   $pip install -r requirements-deploy.txt && $wheels && $wheels --no-deps --implementation cp --python-version 3.13 \
     --abi cp313 --abi abi3 --abi none --platform manylinux2014_aarch64 --platform manylinux_2_28_aarch64
+}
+
+# Debian's chromium, which is installed by root alone: nobody else's system is changed.
+install_browser() {
+  if ! command -v chromium; then
+    command -v apt-get && [ "$(id -u)" = 0 ] || { echo "error: chromium was not found (Debian: apt install chromium)"; return 1; }
+    apt="env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o Acquire::Retries=1"
+    $apt update
+    $apt install --no-install-recommends chromium || { echo "error: chromium could not be installed"; return 1; }
+  fi
+  .venv/bin/python -m pip install --quiet --retries 1 --timeout 30 --disable-pip-version-check -r requirements-browser.txt &&
+    chromium --version
 }
 
 install_seaweedfs() {

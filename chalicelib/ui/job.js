@@ -7,7 +7,7 @@ import { go } from "./place.js";
 import { advice, badge, bar, dead, files, live, reason, stage, when } from "./show.js";
 import { bytes, clock, moment, money, span, t } from "./words.js";
 
-const content = h("div", {});
+const content = h("div", { tabindex: -1 });
 let box = null; // the dialog around it
 let id = null;
 let job = null;
@@ -28,6 +28,7 @@ export function show(wanted, { beside, changed }) {
   box ??= build();
   fill(content, head(), h("p", { class: "small" }, t("Loading…")));
   if (!box.open) box.showModal();
+  content.focus(); // or the keys would go nowhere
   box.scrollTo(0, 0);
 }
 
@@ -76,7 +77,7 @@ function head() {
 
 function draw() {
   // What has the focus, is played or is unfolded stays so, though all is drawn anew.
-  const kept = content.contains(document.activeElement) ? document.activeElement.dataset.keep : null;
+  const focused = content.contains(document.activeElement) ? document.activeElement : null;
   const unfolded = [...content.querySelectorAll("details[open]")].map((part) => part.dataset.keep);
   const side = h("div", { class: "side" }, state(), words(), actions(), facts(), attempts(), timeline(), raw());
   if (content.querySelector(".stage-area")?.dataset.shows === shows()) {
@@ -86,7 +87,7 @@ function draw() {
     fill(content, head(), h("div", { class: "sides" }, pictureArea(), side));
   }
   for (const part of box.querySelectorAll("details")) part.open = unfolded.includes(part.dataset.keep);
-  if (kept) box.querySelector(`[data-keep="${kept}"]`)?.focus();
+  if (focused && !focused.isConnected) (content.querySelector(`[data-keep="${focused.dataset.keep}"]`) ?? content).focus();
 }
 
 const shows = () => [job.id, job.status, chosen, ...files(job).map((file) => file.key)].join();
@@ -140,7 +141,8 @@ async function download(file) {
   const words = job.prompt.normalize().replace(/[^\p{L}\p{M}\p{N}]+/gu, "-").replace(/^-+|-+$/g, "");
   const number = job.outputs.length > 1 ? `-${chosen + 1}` : "";
   try {
-    const response = await fetch(file.url, { credentials: "omit" }); // a link to another host is not downloaded under a name
+    // A link to another host is not downloaded under a name; what the browser kept of the picture may not be read.
+    const response = await fetch(file.url, { credentials: "omit", cache: "no-store" });
     if (!response.ok) throw new Error(String(response.status));
     const url = URL.createObjectURL(await response.blob());
     h("a", { href: url, download: `${[...words].slice(0, 60).join("") || "picture"}-${job.id.slice(0, 8)}${number}${kind}` }).click();

@@ -152,7 +152,7 @@ function body() {
   if (unsent) throw unsent.failed;
   return {
     prompt: byId("prompt").value.trim() || undefined,
-    model: byId("model").value,
+    model: byId("model").value || undefined,
     slots: inputs.length ? slots : undefined,
     image_key: pictures.length ? pictures.map((picture) => picture.key) : undefined,
   };
@@ -165,7 +165,7 @@ async function create(wanted) {
   try {
     const { id, status } = await api.act("POST", "api/queue/create", wanted, { "Idempotency-Key": sent.key });
     sent = null;
-    return { id, status, step: "submit", prompt: wanted.prompt ?? "", model: wanted.model, outputs: [], created_at: new Date(now()).toISOString() };
+    return { id, status, step: "submit", prompt: wanted.prompt ?? "", model: wanted.model ?? fallback, outputs: [], created_at: new Date(now()).toISOString() };
   } catch (error) {
     if (!error.passing) sent = null;
     throw error;

@@ -1,6 +1,5 @@
 """`./run` as its user has it: processes on ports, a job that ends by itself, Ctrl-C, a second start."""
 
-import contextlib
 import json
 import os
 import re
@@ -14,64 +13,10 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.running import Running, free_port
 from tools.cloud.render import draw
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 120
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Running:
-    """A ./run that says it is ready; what it and its children print is read line by line."""
-
-    def __init__(self, folder, *options, env=None):
-        self.port, self.cloud_port = free_port(), free_port()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tools.run", "--port", str(self.port), "--cloud-port", str(self.cloud_port),
-             "--data", str(folder), *options],
-            cwd=ROOT, env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        self._watchdog = threading.Timer(START_SECONDS, self.process.kill)
-        self._watchdog.start()
-        self.said = self.read_until("Ctrl-C stops")
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.key = re.search(r"API key +(\S+)", self.said)[1]
-
-    def read_until(self, text):
-        lines = []
-        for line in self.process.stdout:
-            lines.append(line)
-            if text in line:
-                return "".join(lines)
-        raise AssertionError("ended: " + "".join(lines))
-
-    def call(self, method, path, **options):
-        return requests.request(
-            method, f"{self.url}{path}", headers={"Authorization": f"Bearer {self.key}"}, timeout=30, **options
-        ).json()
-
-    def stop(self, with_signal=signal.SIGTERM):
-        self.process.send_signal(with_signal)
-        return self.wait()
-
-    def wait(self):
-        """Until it has ended, and the last child has let go of its output."""
-        self.process.stdout.read()
-        self.process.stdout.close()
-        self._watchdog.cancel()
-        return self.process.wait()
-
-    def answers(self):
-        reached = []
-        for port in (self.port, self.cloud_port):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                reached.append(port)
-        return reached
 
 
 def test_a_job_ends_by_itself_and_is_still_there_after_a_second_start(tmp_path):

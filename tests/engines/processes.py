@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = {
     "miniflare": "D1's own engine under miniflare",
     "seaweedfs": "the S3 server SeaweedFS",
+    "browser": "the gallery page, in Debian's chromium driven by playwright",
     "lambda": "the package for Lambda, in AWS's own runtime client under Python 3.13",
 }
 BUCKET = "ob-ai-results"

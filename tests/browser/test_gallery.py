@@ -1,0 +1,718 @@
+"""The gallery page as its visitors have it: in a browser, before a whole ./run."""
+
+import base64
+import contextlib
+import io
+import json
+import re
+import threading
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import requests
+from PIL import Image
+
+from chalicelib import page as served
+from tests.running import Running, free_port
+from tools.cloud import Account
+
+FILES = Path(__file__).parents[1] / "files"
+NO_ANSWER = r"Failed to load resource"  # of the browser itself, where a request is refused or has no answer
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "\"><script>alert('prompt')</script>",
+    "{{constructor.constructor('alert(1)')()}} ${alert(1)} {prompt} {n}",
+    "javascript:alert(1)",
+    "\u202egnp.exe\u202c \u0000\ufffe".replace("\u0000", ""),
+    "x" * 4_000,
+]
+
+
+def word():
+    """One that no other job has."""
+    return f"w{uuid.uuid4().hex[:10]}"
+
+
+def create(stack, prompt, *, simulate=None, **fields):
+    """The id of a job whose run is quick, or as it is told."""
+    wish = simulate or {"queue_seconds": 0, "run_seconds": 0}
+    answer = stack.call(
+        "POST", "/api/queue/create", json={"input": {"prompt": prompt, "simulate": wish}, "prompt": prompt, **fields}
+    )
+    assert answer["ok"], answer
+    return answer["id"]
+
+
+def job_of(stack, job_id):
+    return stack.call("GET", f"/api/jobs/{job_id}", headers={"Prefer": "wait=20"})["job"]
+
+
+def listed(stack, text):
+    return stack.call("GET", "/api/jobs", params={"q": text})["jobs"]
+
+
+def card(page, text):
+    return page.locator(".card", has_text=text)
+
+
+def shown(image):
+    """Wait until a picture has been loaded, and say how wide it is."""
+    image.wait_for()
+    return image.evaluate("async (image) => { await image.decode(); return image.naturalWidth; }")
+
+
+def until(page, selector):
+    page.locator(selector).first.wait_for(state="attached")
+
+
+def d1(stack, sql, *params):
+    """Change the table behind the service's back."""
+    account = Account()
+    path = f"accounts/{account.account_id}/d1/database/{account.database_id}/query"
+    answer = requests.post(
+        f"http://127.0.0.1:{stack.cloud_port}/client/v4/{path}",
+        headers={"Authorization": f"Bearer {account.api_token}"},
+        json={"sql": sql, "params": params},
+        timeout=10,
+    ).json()
+    assert answer["success"], answer
+
+
+def bury(stack, prompt):
+    """A job whose picture is drawn and waits at RunPod, and could not be stored."""
+    job_id = create(stack, prompt)
+    assert job_of(stack, job_id)["status"] == "done"
+    d1(
+        stack,
+        "UPDATE jobs SET status = 'error', result_url = NULL, result_r2_key = NULL, outputs = NULL, "
+        "version = version + 1, error_code = 'r2_unreachable', error_message = 'R2 did not answer.', "
+        "dead_at = updated_at, result_until = strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '+20 minutes') WHERE id = ?1",
+        job_id,
+    )
+    return job_id
+
+
+def picture(width=900, height=600):
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((width, height)).convert("RGB").save(file, "JPEG")
+    return {"name": "garden <b>.jpg", "mimeType": "image/jpeg", "buffer": file.getvalue()}
+
+
+def violations(page):
+    """What axe-core finds that is serious, as rule and element."""
+    page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8"))
+    found = page.evaluate("axe.run()")["violations"]
+    return [
+        (rule["id"], node["html"][:200], node.get("failureSummary"))
+        for rule in found
+        if rule["impact"] in ("serious", "critical")
+        for node in rule["nodes"]
+    ]
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """The handler behind a port of its own; yields its URL."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+# Making
+
+
+def test_a_job_is_made_watched_and_its_picture_seen(visit, stack):
+    page, prompt = visit(), f"แมวส้ม an orange cat {word()}"
+
+    page.fill("#prompt", prompt)
+    page.click("#send")
+
+    made = card(page, prompt)
+    made.locator(".frame.live .stage").wait_for()
+    assert made.locator("progress").count() == 1
+    assert shown(made.locator("img")) == 512
+    assert made.locator(".badge").inner_text().split() == ["✓", "Done"]
+    assert page.input_value("#prompt") == ""
+
+
+def test_a_double_click_makes_one_job(visit, stack):
+    page, prompt = visit(), word()
+    until(page, "#model option")
+    page.fill("#prompt", prompt)
+
+    page.dblclick("#send")
+
+    card(page, prompt).wait_for()
+    assert len(listed(stack, prompt)) == 1
+
+
+def test_what_got_no_answer_is_sent_again_as_the_same_request(visit, stack):
+    page, prompt = visit(expected=[NO_ANSWER]), word()
+    until(page, "#model option")
+    keys = []
+
+    def lose(route):
+        keys.append(route.request.headers["idempotency-key"])
+        route.fetch()  # the service hears it, and its answer is lost
+        route.abort()
+
+    page.route("**/api/queue/create", lose, times=1)
+    page.fill("#prompt", prompt)
+    page.click("#send")
+    page.locator("#refused", has_text="unreachable").wait_for()
+    assert page.input_value("#prompt") == prompt
+    page.once("request", lambda request: keys.append(request.headers["idempotency-key"]))
+
+    page.click("#send")
+
+    card(page, prompt).wait_for()
+    assert (len(listed(stack, prompt)), len(set(keys))) == (1, 1)
+
+
+def test_the_same_prompt_once_more_is_a_job_of_its_own(visit, stack):
+    page, prompt = visit(), word()
+    until(page, "#model option")
+
+    for times in (1, 2):
+        page.fill("#prompt", prompt)
+        page.keyboard.press("Control+Enter")
+        page.wait_for_function("(n) => document.querySelectorAll('.card .badge').length >= n", arg=times)
+        page.wait_for_function("() => document.getElementById('prompt').value === ''")
+
+    assert len(listed(stack, prompt)) == 2
+
+
+def test_what_the_service_refuses_is_told_and_nothing_is_lost(visit):
+    page = visit(expected=[NO_ANSWER])
+    page.select_option("#model", "qwen-image-edit")
+    page.fill("#prompt", "make it snow")
+
+    page.click("#send")
+
+    assert "images_invalid" in page.locator("#refused:not(:empty)").inner_text()
+    assert page.input_value("#prompt") == "make it snow"
+
+
+def test_a_picture_is_uploaded_edited_and_compared(visit, stack):
+    page, prompt = visit(), f"make it snow {word()}"
+    page.select_option("#model", "qwen-image-edit")
+    page.set_input_files("#choose", picture())
+    page.wait_for_function("() => document.querySelector('#chosen progress')?.value === 1")
+    assert "garden <b>.jpg" in page.locator("#chosen").inner_text()
+    page.locator("#values summary").click()
+    page.get_by_label("Steps").fill("7")
+    page.fill("#prompt", prompt)
+    page.click("#send")
+    done = card(page, prompt)
+    done.locator(".badge.done").wait_for()
+
+    done.locator("a").click()
+    page.click("text=Before and after")
+
+    assert shown(page.locator(".before img")) == 900
+    page.locator(".slider").fill("20")
+    assert page.locator(".large").evaluate("(frame) => frame.style.getPropertyValue('--cut')") == "20%"
+    page.click("text=Raw input")
+    given = json.loads(page.locator("details:has-text('Raw input') pre").inner_text())
+    (id_,) = [job["id"] for job in listed(stack, prompt)]
+    assert given["workflow"]["3"]["inputs"]["steps"] == 7
+    assert given == stack.call("GET", f"/api/jobs/{id_}?include=input")["job"]["input"]
+
+
+@pytest.mark.parametrize("how", ["drop", "paste"])
+def test_a_picture_may_be_dropped_and_pasted(visit, how):
+    page = visit()
+    page.select_option("#model", "qwen-image-edit")
+    until(page, ".drop")
+    data = base64.b64encode(picture()["buffer"]).decode()
+
+    page.evaluate(
+        """([how, data]) => {
+          const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+          const held = new DataTransfer();
+          held.items.add(new File([bytes], "a.jpg", { type: "image/jpeg" }));
+          const event = how === "drop" ? new DragEvent("drop", { dataTransfer: held, bubbles: true, cancelable: true })
+            : new ClipboardEvent("paste", { clipboardData: held, bubbles: true });
+          document.getElementById("prompt").dispatchEvent(event);
+        }""",
+        [how, data],
+    )
+
+    page.wait_for_function("() => document.querySelector('#chosen progress')?.value === 1")
+
+
+# The list
+
+
+def test_filters_stand_in_the_address_and_the_back_button_works(visit, stack):
+    text = word()
+    done, failed = create(stack, f"{text} one"), create(stack, f"{text} two", simulate={"status": "FAILED"})
+    assert (job_of(stack, done)["status"], job_of(stack, failed)["status"]) == ("done", "error")
+    page = visit()
+    until(page, ".badge")
+
+    page.fill("#q", text)
+    page.wait_for_function("() => document.querySelectorAll('.card .badge').length === 2")
+    assert page.url.endswith(f"?q={text}")
+    assert page.locator("#q").evaluate("(field) => field === document.activeElement")
+    counts = page.locator("#tabs a").all_inner_texts()
+    assert counts == ["All2", "Queued0", "Running0", "Done1", "Failed1", "Cancelled0"]
+    page.click("#tabs a:has-text('Failed')")
+    card(page, f"{text} one").wait_for(state="detached")
+    assert card(page, f"{text} two").count() == 1
+    assert "status=error" in page.url
+
+    page.go_back()
+    card(page, f"{text} one").wait_for()
+    shared = visit(f"?status=done&q={text}&model=qwen-image")
+    until(shared, ".badge")
+    assert shared.locator(".card .prompt").all_inner_texts() == [f"{text} one"]
+    assert (shared.input_value("#q"), shared.input_value("#model-filter")) == (text, "qwen-image")
+
+
+def test_what_fits_no_job_says_so_and_leads_back(visit):
+    page = visit(f"?q={word()}")
+
+    page.locator("#empty", has_text="No job fits.").wait_for()
+    page.click("#empty a")
+
+    until(page, ".card .badge")
+    assert "q=" not in page.url
+
+
+def test_many_jobs_come_page_by_page_each_once_in_their_order(visit, stack):
+    text = word()
+    jobs = [{"prompt": f"{text} {n}", "input": {"prompt": "", "simulate": {"queue_seconds": 900}}} for n in range(100)]
+    for _ in range(2):
+        assert stack.call("POST", "/api/queue/create", json={"jobs": jobs})["ok"]
+    page = visit(f"?q={text}")
+    until(page, ".card .badge")
+    assert page.locator(".card .badge").count() <= 100
+
+    for _ in range(12):
+        page.mouse.wheel(0, 9_000)
+        page.wait_for_timeout(120)
+    page.wait_for_function("() => document.querySelectorAll('.card').length === 200")
+
+    prompts = page.locator(".card .prompt").all_inner_texts()
+    first = stack.call("GET", "/api/jobs", params={"q": text, "limit": 100})
+    second = stack.call("GET", "/api/jobs", params={"q": text, "limit": 100, "cursor": first["next_cursor"]})
+    assert prompts == [job["prompt"] for job in first["jobs"] + second["jobs"]]
+    assert page.locator("#more").is_hidden()
+    # What is in view is looked at, however far down that is.
+    last = second["jobs"][-1]
+    stack.call("POST", f"/api/jobs/{last['id']}/cancel", json={})
+    card(page, last["prompt"]).last.locator(".badge.cancelled").wait_for()
+    stack.call("POST", "/api/jobs/bulk", json={"do": "cancel", "filter": {"q": text}, "limit": 100})
+    stack.call("POST", "/api/jobs/bulk", json={"do": "cancel", "filter": {"q": text}, "limit": 100})
+
+
+def test_one_request_a_look_serves_all_cards_and_says_nothing_where_nothing_changed(visit, stack):
+    text = word()
+    ids = [create(stack, f"{text} {n}", simulate={"queue_seconds": 900}) for n in range(3)]
+    page = visit(f"?q={text}")
+    page.wait_for_function("() => document.querySelectorAll('.card .badge.running').length === 3")
+    page.wait_for_timeout(3_000)
+    asked = []
+    page.on("response", lambda response: "/api/" in response.url and asked.append(response))
+
+    page.wait_for_timeout(7_500)
+
+    assert 1 <= len(asked) <= 4
+    assert {(re.sub(r"\?.*", "", response.url), response.status) for response in asked} == {
+        (f"{stack.url}/api/jobs", 304)
+    }
+    for job_id in ids:
+        stack.call("POST", f"/api/jobs/{job_id}/cancel", json={})
+
+
+@pytest.mark.parametrize(("hidden", "seconds"), [(False, 15), (True, 60)])
+def test_it_looks_seldom_while_nothing_runs_or_nobody_sees_it(visit, stack, hidden, seconds):
+    text = word()
+    create(stack, text, simulate={"queue_seconds": 900} if hidden else None)
+    job_of(stack, listed(stack, text)[0]["id"]) if not hidden else None
+    page = visit("?view=figures")
+    page.clock.install()
+    if hidden:
+        page.add_init_script("Object.defineProperty(document, 'hidden', { get: () => true })")
+    page.goto(f"{stack.url}/?q={text}")
+    until(page, ".card .badge")
+    page.wait_for_timeout(500)
+    asked = []
+    page.on("request", lambda request: "/api/jobs" in request.url and asked.append(request.url))
+
+    page.clock.run_for((seconds - 2) * 1000)
+    page.wait_for_timeout(200)
+    early = len(asked)
+    page.clock.run_for(3_000)
+    page.wait_for_timeout(300)
+
+    assert (early, len(asked)) == (0, 1)
+    stack.call("POST", "/api/jobs/bulk", json={"do": "cancel", "filter": {"q": text}})
+
+
+# One job
+
+
+def test_a_waiting_job_says_why_and_is_cancelled(visit, stack):
+    prompt = word()
+    job_id = create(stack, prompt, simulate={"queue_seconds": 900})
+    page = visit(f"?job={job_id}")
+    page.locator("#job .state", has_text="waits for a GPU").wait_for()
+    assert "RunPod" in page.locator("#job .state").inner_text()
+
+    page.click("#job button:has-text('Cancel')")
+    page.click(".ask button:has-text('Back')")
+    assert stack.call("GET", f"/api/jobs/{job_id}")["job"]["status"] != "cancelled"
+    page.click("#job button:has-text('Cancel')")
+    page.click(".ask button.main")
+
+    page.locator("#job .badge.cancelled").wait_for()
+    assert stack.call("GET", f"/api/jobs/{job_id}")["job"]["status"] == "cancelled"
+    page.keyboard.press("Escape")
+    card(page, prompt).locator(".badge.cancelled").wait_for()
+
+
+def test_a_failed_job_says_why_and_what_to_do_and_is_retried(visit, stack):
+    job_id = create(stack, word(), simulate={"status": "FAILED", "error": "CUDA out of memory", "run_seconds": 0})
+    assert job_of(stack, job_id)["status"] == "error"
+    page = visit(f"?job={job_id}")
+    said = page.locator("#job .state.bad")
+    said.wait_for()
+    assert "CUDA out of memory" in said.inner_text()
+    assert "worker_failed" in said.inner_text()
+    assert "What to do:" in said.inner_text()
+
+    page.click("#job button:has-text('Retry')")
+    assert "new paid run" in page.locator(".ask").inner_text()
+    page.click(".ask button.main")
+
+    page.locator("#job tbody tr").nth(1).wait_for()
+    assert job_of(stack, job_id)["attempt"] == 2
+
+
+def test_a_job_is_deleted_and_gone(visit, stack):
+    prompt = word()
+    job_id = create(stack, prompt)
+    job_of(stack, job_id)
+    page = visit(f"?q={prompt}", expected=[NO_ANSWER])
+    card(page, prompt).locator("a").click()
+
+    page.click("#job button:has-text('Delete')")
+    page.click(".ask button.bad")
+
+    card(page, prompt).wait_for(state="detached")
+    page.locator("#empty").wait_for()
+    assert page.locator("#job[open]").count() == 0
+    assert stack.call("GET", f"/api/jobs/{job_id}")["code"] == "job_deleted"
+    page.goto(f"{stack.url}/?job={job_id}")
+    page.locator("#job", has_text="job_deleted").wait_for()
+
+
+def test_every_file_is_there_a_video_plays_and_a_download_has_a_name(visit, stack):
+    video = base64.b64encode((FILES / "live.webm").read_bytes()).decode()
+    image = base64.b64encode(picture()["buffer"]).decode()
+    prompt = f"Ein Garten, ถ่ายจากฟ้า/{word()}"
+    simulate = {
+        "run_seconds": 0,
+        "queue_seconds": 0,
+        "output": {"images": [image], "video": f"data:video/webm;base64,{video}"},
+    }
+    job_id = create(stack, prompt, simulate=simulate)
+    assert len(job_of(stack, job_id)["outputs"]) == 2
+    page = visit(f"?job={job_id}")
+    page.locator(".strip button").nth(1).click()
+
+    width = page.locator(".large video").evaluate(
+        "async (video) => { video.muted = true; await video.play(); return video.videoWidth; }"
+    )
+    assert width > 0
+    page.locator(".strip button").nth(0).click()
+    assert shown(page.locator(".large img")) == 900
+    with page.expect_download() as download:
+        page.click("#job button:has-text('Download')")
+    slug = re.sub("[ ,/]+", "-", prompt)
+    assert download.value.suggested_filename == f"{slug}-{job_id[:8]}-1.jpg"
+    page.click("text=Copy prompt")
+    page.locator("#said", has_text="Copied.").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == prompt
+    page.click("text=Full size")
+    assert page.locator(".large.zoomed img").evaluate("(image) => image.clientWidth") == 900
+
+
+def test_the_keyboard_does_it_all(visit, stack):
+    text = word()
+    ids = [create(stack, f"{text} {n}") for n in range(3)]
+    for job_id in ids:
+        job_of(stack, job_id)
+    page = visit(f"?q={text}")
+    page.wait_for_function("() => document.querySelectorAll('.card .badge').length === 3")
+    page.locator(".card a").nth(1).focus()
+
+    page.keyboard.press("Enter")
+    page.locator("#job .badge").wait_for()
+    assert f"job={ids[1]}" in page.url
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("(id) => location.search.includes(id)", arg=ids[0])
+    page.locator("#job .facts, #job dl").wait_for()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("(id) => location.search.includes(id)", arg=ids[2])
+    page.keyboard.press("ArrowLeft")  # there is no newer one
+    page.keyboard.press("Escape")
+
+    page.wait_for_function("() => !document.querySelector('#job').open && !location.search.includes('job=')")
+    assert page.evaluate("document.activeElement.closest('.card') !== null")
+    page.go_back()
+    page.wait_for_function("() => document.querySelector('#job').open")
+    page.keyboard.press("Escape")
+    page.evaluate("document.activeElement.blur()")
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "prompt":
+            break
+    page.keyboard.type(f"{text} typed")
+    page.keyboard.press("Control+Enter")
+    card(page, f"{text} typed").wait_for()
+
+
+# Dead letters and figures
+
+
+def test_dead_letters_are_counted_and_redriven_one_and_all(visit, stack):
+    text = word()
+    ids = [bury(stack, f"{text} {n}") for n in range(3)]
+    page = visit()
+    page.locator("#dead:not([hidden])").wait_for()
+    assert int(page.locator("#dead").inner_text()) >= 3
+
+    page.click("#header a:has-text('Dead letters')")
+    letter = page.locator(".letter", has_text=f"{text} 0")
+    letter.wait_for()
+    assert "r2_unreachable" in letter.inner_text()
+    assert "waits at RunPod" in letter.inner_text()
+    letter.locator("button").click()
+    letter.wait_for(state="detached")
+    stack.call("POST", "/dev/runpod-poll")
+    assert job_of(stack, ids[0])["status"] == "done"
+
+    page.locator(".letter a", has_text=f"{text} 1").click()
+    page.click("#job button:has-text('Redrive')")
+    page.click(".ask button.main")
+    page.locator("#said", has_text="It is being stored.").wait_for()
+    stack.call("POST", "/dev/runpod-poll")
+    page.locator("#job .badge.done").wait_for()
+    assert shown(page.locator("#job .large img")) == 512
+    page.keyboard.press("Escape")
+
+    page.click("#redrive-all")
+    page.click(".ask button.main")
+    page.locator("#letters", has_text="There is none.").wait_for()
+    stack.call("POST", "/dev/runpod-poll")
+    assert job_of(stack, ids[2])["status"] == "done"
+    page.wait_for_function("() => document.querySelector('#dead').hidden")
+
+
+def test_the_figures_are_those_of_the_api(visit, stack):
+    job_of(stack, create(stack, word()))
+    page = visit("?view=figures")
+    until(page, ".tile")
+
+    page.select_option("#days", "30")
+
+    page.wait_for_function("() => location.search.includes('days=30')")
+    stats = stack.call("GET", "/api/stats?days=30")
+    page.wait_for_function(
+        "(n) => document.querySelector('.tile strong').textContent === String(n)", arg=sum(stats["jobs"].values())
+    )
+
+
+# The key, and an API that is not there
+
+
+def test_a_wrong_key_is_told_the_right_one_kept_and_forgotten(visit, stack):
+    page = visit(key="", expected=[NO_ANSWER])
+    page.locator("#key").wait_for()
+    page.keyboard.press("Escape")
+    page.fill("#key", "wrong")
+
+    page.keyboard.press("Enter")
+    page.locator("#key-wrong", has_text="unauthorized").wait_for()
+    page.fill("#key", f" {stack.key} ")
+    page.keyboard.press("Enter")
+
+    until(page, ".card .badge, #empty")
+    page.reload()
+    until(page, ".card .badge, #empty")
+    assert page.locator("#key").count() == 0
+    page.click("#forget")
+    page.locator("#key").wait_for()
+    assert page.evaluate("localStorage.getItem('ob.key')") is None
+    assert page.locator(".card .badge").count() == 0
+
+
+def test_while_the_api_is_down_that_is_told_and_afterwards_all_goes_on(visit, tmp_path):
+    ports = free_port(), free_port()
+    first = Running(tmp_path / "data", ports=ports)
+    page = visit(url=first.url, key=first.key, expected=[NO_ANSWER])
+    page.locator("#empty", has_text="press Make").wait_for()
+    page.fill("#prompt", "a cat")
+    page.click("#send")
+    assert shown(card(page, "a cat").locator("img")) == 512
+
+    first.stop()
+    page.evaluate("dispatchEvent(new PopStateEvent('popstate'))")
+    page.locator("#down:not([hidden])", has_text="does not answer").wait_for()
+    assert shown(card(page, "a cat").locator("img")) == 512
+    second = Running(tmp_path / "data", ports=ports)
+    page.click("#down button")
+    page.locator("#down").wait_for(state="hidden")
+
+    assert card(page, "a cat").count() == 1
+    second.stop()
+
+
+def test_an_address_that_makes_no_sense_is_told_and_another_one_works(visit):
+    page = visit("?status=nonsense&view=constructor", expected=[NO_ANSWER])
+
+    page.locator("#down", has_text="status_invalid").wait_for()
+    page.click("#tabs a:has-text('All')")
+
+    until(page, ".card .badge, #empty")
+    page.locator("#down").wait_for(state="hidden")
+
+
+# Safe, for everybody, anywhere
+
+
+def test_hostile_text_is_text(visit, stack):
+    text = word()
+    ids = []
+    for number, bad in enumerate(HOSTILE):
+        simulate = {"run_seconds": 0, "queue_seconds": 0, **({"status": "FAILED", "error": bad} if number % 2 else {})}
+        ids.append(create(stack, f"{text} {bad}", simulate=simulate, metadata={"note": bad[:400]}))
+    for job_id in ids:
+        job_of(stack, job_id)
+    page = visit(f"?q={text}")
+    page.wait_for_function("(n) => document.querySelectorAll('.card .badge').length === n", arg=len(HOSTILE))
+
+    assert page.locator(".card .prompt").all_text_contents() == [f"{text} {bad}" for bad in reversed(HOSTILE)]
+    for job_id, bad in zip(ids, HOSTILE, strict=True):
+        page.goto(f"{stack.url}/?job={job_id}")
+        page.locator("#job dl").wait_for()
+        assert page.locator("#job .words").text_content() == f"{text} {bad}"
+        assert page.locator("#job script, #job img[src=x], #job b").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    wild = visit(f"?job={'%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E%2F..%2F'}", expected=[NO_ANSWER])
+    wild.locator("#job", has_text="job_not_found").wait_for()
+
+
+def test_a_link_of_a_worker_or_an_old_row_that_is_none_is_not_followed(visit, stack):
+    job_id = create(stack, word())
+    job_of(stack, job_id)
+    d1(
+        stack,
+        "UPDATE jobs SET outputs = NULL, result_url = 'javascript:alert(1)', version = version + 1 WHERE id = ?1",
+        job_id,
+    )
+
+    page = visit(f"?job={job_id}")
+
+    page.locator("#job .large .glyph").wait_for()
+    assert page.locator("#job [src^=javascript], #job [href^=javascript]").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(visit, stack, scheme):
+    done = create(stack, word())
+    failed = create(stack, word(), simulate={"status": "FAILED", "run_seconds": 0})
+    waiting = create(stack, word(), simulate={"queue_seconds": 900})
+    bury(stack, word())
+    for job_id in (done, failed):
+        job_of(stack, job_id)
+    page = visit(color_scheme=scheme, reduced_motion="reduce")
+    until(page, ".card .badge.done")
+    page.select_option("#model", "qwen-image-edit")
+    page.locator("#values summary").click()
+    found = {"gallery": violations(page)}
+    for job_id in (done, failed, waiting):
+        page.goto(f"{stack.url}/?job={job_id}")
+        page.locator("#job dl").wait_for()
+        page.click("text=Timeline")
+        found[job_id] = violations(page)
+    page.click("#job button:has-text('Cancel')")
+    found["ask"] = violations(page)
+    for view, ready in (("dead", ".letter"), ("figures", ".tile")):
+        page.goto(f"{stack.url}/?view={view}")
+        until(page, ready)
+        found[view] = violations(page)
+    asked = visit(key="", color_scheme=scheme)
+    until(asked, "#key")
+    found["key"] = violations(asked)
+
+    assert found == {name: [] for name in found}
+    stack.call("POST", f"/api/jobs/{waiting}/cancel", json={})
+
+
+@pytest.mark.parametrize("width", [360, 768, 1920])
+def test_nothing_stands_out_at_the_side(visit, stack, width):
+    job_id = create(stack, f"{'wide' * 60} {word()}")
+    job_of(stack, job_id)
+    for query, ready in [
+        ("", ".badge"),
+        (f"?job={job_id}", "#job dl"),
+        ("?view=dead", "#letters li"),
+        ("?view=figures", ".tile"),
+    ]:
+        page = visit(query, viewport={"width": width, "height": 800}, locale="th-TH")
+        until(page, ready)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, query
+        outside = page.locator("#job[open], body").last.evaluate("""(frame) =>
+            [...frame.querySelectorAll("button, input, select, textarea")]
+              .filter((one) => one.offsetParent && !one.matches(".skip, .hidden"))
+              .filter((one) => one.getBoundingClientRect().right > innerWidth + 1)
+              .map((one) => one.outerHTML)""")
+        assert outside == [], query
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/"])
+def test_it_works_under_the_stage_with_and_without_a_slash(visit, stack, path):
+    class Gateway(BaseHTTPRequestHandler):
+        """API Gateway's stage: paths begin with it outside, and not inside."""
+
+        def do_GET(self):
+            inside = self.path.removeprefix("/v1")
+            if self.path.partition("?")[0] in ("/v1", "/v1/"):
+                text, status, kind = served.index(self.path.partition("?")[0]).encode(), 200, "text/html; charset=utf-8"
+            elif not self.path.startswith("/v1/"):
+                text, status, kind = b"", 403, "application/json"
+            else:
+                answer = requests.get(stack.url + inside, headers=dict(self.headers), timeout=30)
+                text, status, kind = answer.content, answer.status_code, answer.headers.get("Content-Type", "")
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *args):
+            pass
+
+    job_of(stack, create(stack, word()))
+    with serving(Gateway) as url:
+        page = visit(url=f"{url}{path}".rstrip("/") if path == "/v1" else f"{url}/v1")
+        if path == "/v1":
+            page.goto(f"{url}/v1")
+        assert shown(page.locator(".card img").first) > 0
+        page.locator(".card a").first.click()
+        page.locator("#job dl").wait_for()
+        assert page.url.startswith(f"{url}{path}?job=")
