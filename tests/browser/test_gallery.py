@@ -6,6 +6,7 @@ import io
 import json
 import re
 import threading
+import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -37,8 +38,8 @@ def word():
 
 
 def create(stack, prompt, *, simulate=None, **fields):
-    """The id of a job whose run is quick, or as it is told."""
-    wish = simulate or {"queue_seconds": 0, "run_seconds": 0}
+    """The id of a job whose run is quick, but for what it is told."""
+    wish = {"queue_seconds": 0, "run_seconds": 0.3, **(simulate or {})}
     answer = stack.call(
         "POST", "/api/queue/create", json={"input": {"prompt": prompt, "simulate": wish}, "prompt": prompt, **fields}
     )
@@ -46,8 +47,15 @@ def create(stack, prompt, *, simulate=None, **fields):
     return answer["id"]
 
 
-def job_of(stack, job_id):
-    return stack.call("GET", f"/api/jobs/{job_id}", headers={"Prefer": "wait=20"})["job"]
+def ended(stack, job_id):
+    """The job when it has ended; rounds are run by hand meanwhile, for the next one may be far."""
+    for _ in range(60):
+        job = stack.call("GET", f"/api/jobs/{job_id}")["job"]
+        if job["status"] in ("done", "error", "cancelled"):
+            return job
+        time.sleep(0.25)
+        stack.call("POST", "/dev/runpod-poll")
+    raise AssertionError(job)
 
 
 def listed(stack, text):
@@ -79,12 +87,13 @@ def d1(stack, sql, *params):
         timeout=10,
     ).json()
     assert answer["success"], answer
+    stack.call("POST", "/dev/runpod-poll")  # after which the service reads anew
 
 
 def bury(stack, prompt):
     """A job whose picture is drawn and waits at RunPod, and could not be stored."""
     job_id = create(stack, prompt)
-    assert job_of(stack, job_id)["status"] == "done"
+    assert ended(stack, job_id)["status"] == "done"
     d1(
         stack,
         "UPDATE jobs SET status = 'error', result_url = NULL, result_r2_key = NULL, outputs = NULL, "
@@ -255,8 +264,11 @@ def test_a_picture_may_be_dropped_and_pasted(visit, how):
 
 def test_filters_stand_in_the_address_and_the_back_button_works(visit, stack):
     text = word()
-    done, failed = create(stack, f"{text} one"), create(stack, f"{text} two", simulate={"status": "FAILED"})
-    assert (job_of(stack, done)["status"], job_of(stack, failed)["status"]) == ("done", "error")
+    done, failed = (
+        create(stack, f"{text} one"),
+        create(stack, f"{text} two", simulate={"status": "FAILED"}),
+    )
+    assert (ended(stack, done)["status"], ended(stack, failed)["status"]) == ("done", "error")
     page = visit()
     until(page, ".badge")
 
@@ -328,9 +340,8 @@ def test_one_request_a_look_serves_all_cards_and_says_nothing_where_nothing_chan
     page.wait_for_timeout(7_500)
 
     assert 1 <= len(asked) <= 4
-    assert {(re.sub(r"\?.*", "", response.url), response.status) for response in asked} == {
-        (f"{stack.url}/api/jobs", 304)
-    }
+    assert {response.url.partition("?")[0] for response in asked} == {f"{stack.url}/api/jobs"}
+    assert 304 in {response.status for response in asked} <= {200, 304}
     for job_id in ids:
         stack.call("POST", f"/api/jobs/{job_id}/cancel", json={})
 
@@ -338,8 +349,9 @@ def test_one_request_a_look_serves_all_cards_and_says_nothing_where_nothing_chan
 @pytest.mark.parametrize(("hidden", "seconds"), [(False, 15), (True, 60)])
 def test_it_looks_seldom_while_nothing_runs_or_nobody_sees_it(visit, stack, hidden, seconds):
     text = word()
-    create(stack, text, simulate={"queue_seconds": 900} if hidden else None)
-    job_of(stack, listed(stack, text)[0]["id"]) if not hidden else None
+    job_id = create(stack, text, simulate={"queue_seconds": 900} if hidden else None)
+    if not hidden:
+        ended(stack, job_id)
     page = visit("?view=figures")
     page.clock.install()
     if hidden:
@@ -383,8 +395,8 @@ def test_a_waiting_job_says_why_and_is_cancelled(visit, stack):
 
 
 def test_a_failed_job_says_why_and_what_to_do_and_is_retried(visit, stack):
-    job_id = create(stack, word(), simulate={"status": "FAILED", "error": "CUDA out of memory", "run_seconds": 0})
-    assert job_of(stack, job_id)["status"] == "error"
+    job_id = create(stack, word(), simulate={"status": "FAILED", "error": "CUDA out of memory"})
+    assert ended(stack, job_id)["status"] == "error"
     page = visit(f"?job={job_id}")
     said = page.locator("#job .state.bad")
     said.wait_for()
@@ -397,13 +409,13 @@ def test_a_failed_job_says_why_and_what_to_do_and_is_retried(visit, stack):
     page.click(".ask button.main")
 
     page.locator("#job tbody tr").nth(1).wait_for()
-    assert job_of(stack, job_id)["attempt"] == 2
+    assert ended(stack, job_id)["attempt"] == 2
 
 
 def test_a_job_is_deleted_and_gone(visit, stack):
     prompt = word()
     job_id = create(stack, prompt)
-    job_of(stack, job_id)
+    ended(stack, job_id)
     page = visit(f"?q={prompt}", expected=[NO_ANSWER])
     card(page, prompt).locator("a").click()
 
@@ -423,12 +435,12 @@ def test_every_file_is_there_a_video_plays_and_a_download_has_a_name(visit, stac
     image = base64.b64encode(picture()["buffer"]).decode()
     prompt = f"Ein Garten, ถ่ายจากฟ้า/{word()}"
     simulate = {
-        "run_seconds": 0,
+        "run_seconds": 0.3,
         "queue_seconds": 0,
         "output": {"images": [image], "video": f"data:video/webm;base64,{video}"},
     }
     job_id = create(stack, prompt, simulate=simulate)
-    assert len(job_of(stack, job_id)["outputs"]) == 2
+    assert len(ended(stack, job_id)["outputs"]) == 2
     page = visit(f"?job={job_id}")
     page.locator(".strip button").nth(1).click()
 
@@ -453,7 +465,7 @@ def test_the_keyboard_does_it_all(visit, stack):
     text = word()
     ids = [create(stack, f"{text} {n}") for n in range(3)]
     for job_id in ids:
-        job_of(stack, job_id)
+        ended(stack, job_id)
     page = visit(f"?q={text}")
     page.wait_for_function("() => document.querySelectorAll('.card .badge').length === 3")
     page.locator(".card a").nth(1).focus()
@@ -502,14 +514,13 @@ def test_dead_letters_are_counted_and_redriven_one_and_all(visit, stack):
     assert "waits at RunPod" in letter.inner_text()
     letter.locator("button").click()
     letter.wait_for(state="detached")
-    stack.call("POST", "/dev/runpod-poll")
-    assert job_of(stack, ids[0])["status"] == "done"
+    assert ended(stack, ids[0])["status"] == "done"
 
     page.locator(".letter a", has_text=f"{text} 1").click()
     page.click("#job button:has-text('Redrive')")
     page.click(".ask button.main")
     page.locator("#said", has_text="It is being stored.").wait_for()
-    stack.call("POST", "/dev/runpod-poll")
+    ended(stack, ids[1])
     page.locator("#job .badge.done").wait_for()
     assert shown(page.locator("#job .large img")) == 512
     page.keyboard.press("Escape")
@@ -517,13 +528,12 @@ def test_dead_letters_are_counted_and_redriven_one_and_all(visit, stack):
     page.click("#redrive-all")
     page.click(".ask button.main")
     page.locator("#letters", has_text="There is none.").wait_for()
-    stack.call("POST", "/dev/runpod-poll")
-    assert job_of(stack, ids[2])["status"] == "done"
+    assert ended(stack, ids[2])["status"] == "done"
     page.wait_for_function("() => document.querySelector('#dead').hidden")
 
 
 def test_the_figures_are_those_of_the_api(visit, stack):
-    job_of(stack, create(stack, word()))
+    ended(stack, create(stack, word()))
     page = visit("?view=figures")
     until(page, ".tile")
 
@@ -574,7 +584,7 @@ def test_while_the_api_is_down_that_is_told_and_afterwards_all_goes_on(visit, tm
     page.locator("#down:not([hidden])", has_text="does not answer").wait_for()
     assert shown(card(page, "a cat").locator("img")) == 512
     second = Running(tmp_path / "data", ports=ports)
-    page.click("#down button")
+    page.evaluate("document.querySelector('#down button').click()")  # it may have tried by itself just now
     page.locator("#down").wait_for(state="hidden")
 
     assert card(page, "a cat").count() == 1
@@ -598,10 +608,14 @@ def test_hostile_text_is_text(visit, stack):
     text = word()
     ids = []
     for number, bad in enumerate(HOSTILE):
-        simulate = {"run_seconds": 0, "queue_seconds": 0, **({"status": "FAILED", "error": bad} if number % 2 else {})}
+        simulate = {
+            "run_seconds": 0.3,
+            "queue_seconds": 0,
+            **({"status": "FAILED", "error": bad} if number % 2 else {}),
+        }
         ids.append(create(stack, f"{text} {bad}", simulate=simulate, metadata={"note": bad[:400]}))
     for job_id in ids:
-        job_of(stack, job_id)
+        ended(stack, job_id)
     page = visit(f"?q={text}")
     page.wait_for_function("(n) => document.querySelectorAll('.card .badge').length === n", arg=len(HOSTILE))
 
@@ -618,7 +632,7 @@ def test_hostile_text_is_text(visit, stack):
 
 def test_a_link_of_a_worker_or_an_old_row_that_is_none_is_not_followed(visit, stack):
     job_id = create(stack, word())
-    job_of(stack, job_id)
+    ended(stack, job_id)
     d1(
         stack,
         "UPDATE jobs SET outputs = NULL, result_url = 'javascript:alert(1)', version = version + 1 WHERE id = ?1",
@@ -634,11 +648,11 @@ def test_a_link_of_a_worker_or_an_old_row_that_is_none_is_not_followed(visit, st
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(visit, stack, scheme):
     done = create(stack, word())
-    failed = create(stack, word(), simulate={"status": "FAILED", "run_seconds": 0})
+    failed = create(stack, word(), simulate={"status": "FAILED"})
     waiting = create(stack, word(), simulate={"queue_seconds": 900})
     bury(stack, word())
     for job_id in (done, failed):
-        job_of(stack, job_id)
+        ended(stack, job_id)
     page = visit(color_scheme=scheme, reduced_motion="reduce")
     until(page, ".card .badge.done")
     page.select_option("#model", "qwen-image-edit")
@@ -666,7 +680,7 @@ def test_axe_finds_nothing_serious(visit, stack, scheme):
 @pytest.mark.parametrize("width", [360, 768, 1920])
 def test_nothing_stands_out_at_the_side(visit, stack, width):
     job_id = create(stack, f"{'wide' * 60} {word()}")
-    job_of(stack, job_id)
+    ended(stack, job_id)
     for query, ready in [
         ("", ".badge"),
         (f"?job={job_id}", "#job dl"),
@@ -707,7 +721,7 @@ def test_it_works_under_the_stage_with_and_without_a_slash(visit, stack, path):
         def log_message(self, *args):
             pass
 
-    job_of(stack, create(stack, word()))
+    ended(stack, create(stack, word()))
     with serving(Gateway) as url:
         page = visit(url=f"{url}{path}".rstrip("/") if path == "/v1" else f"{url}/v1")
         if path == "/v1":
