@@ -1,7 +1,7 @@
 """The answers of every route, and what the schedule runs: requests in, JSON out."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
@@ -38,7 +38,14 @@ SCHEDULE_RESERVE = 0.5  # seconds of the Lambda's time kept for returning
 def get_page(request: Request | None) -> Response:
     """The gallery page: open."""
     assert request is not None
-    return _file(request, page.INDEX, page.index(request.context["path"]))
+    return _file(request, page.INDEX, page.index(request.context["path"]), {"Content-Security-Policy": _policy()})
+
+
+def _policy() -> str:
+    try:
+        return page.policy(service().settings.picture_urls)
+    except SettingError:  # the page comes all the same, and shows what the API says of it
+        return page.policy([])
 
 
 def get_page_file(request: Request | None, name: str) -> Response:
@@ -48,16 +55,11 @@ def get_page_file(request: Request | None, name: str) -> Response:
     text = page.text(known)
     if text is None:
         return answers.refuse(RequestError("file_not_found", "The page has no such file."))
-    return _file(request, known, text)
+    return _file(request, known, text, {})
 
 
-def _file(request: Request, name: str, text: str) -> Response:
-    clouds: Iterable[str]
-    try:
-        clouds = service().settings.picture_urls
-    except SettingError:  # the page comes all the same, and shows what the API says of it
-        clouds = ()
-    response = Response(body=text, headers={"Content-Type": page.content_type(name), **page.headers(clouds)})
+def _file(request: Request, name: str, text: str, headers: dict[str, str]) -> Response:
+    response = Response(body=text, headers={"Content-Type": page.content_type(name), **page.HEADERS, **headers})
     return answers.unless_known(request, response)
 
 

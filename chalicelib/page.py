@@ -8,6 +8,9 @@ FOLDER = Path(__file__).with_name("ui")
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 INDEX = "index.html"
 
+# What a browser is told of each of the files.
+HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
 # As the files stand in their folder, any static host can serve them; the service has the others under ui/.
 BESIDE = '"./'
 API = 'data-api=""'
@@ -36,10 +39,10 @@ def content_type(name: str) -> str:
     return f"{TYPES[Path(name).suffix]}; charset=utf-8"
 
 
-def headers(clouds: Iterable[str]) -> dict[str, str]:
-    """What a browser is told of each file: scripts are ours alone, pictures those of R2, found under these URLs."""
+def policy(clouds: Iterable[str]) -> str:
+    """What a browser lets the page do: scripts are its own alone, pictures those of R2, found under these URLs."""
     hosts = sorted({f"{parts.scheme}://{parts.netloc}" for parts in map(urlsplit, clouds) if parts.netloc})
-    policy = {
+    sources = {
         "default-src": ["'none'"],
         "script-src": ["'self'"],
         "style-src": ["'self'"],
@@ -52,8 +55,4 @@ def headers(clouds: Iterable[str]) -> dict[str, str]:
         "require-trusted-types-for": ["'script'"],
         "trusted-types": ["'none'"],
     }
-    return {
-        "Content-Security-Policy": "; ".join(" ".join([name, *sources]) for name, sources in policy.items()),
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-    }
+    return "; ".join(" ".join([name, *allowed]) for name, allowed in sources.items())

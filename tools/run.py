@@ -279,12 +279,12 @@ def _say_what_to_try(folder: Path, env: dict[str, str], options: argparse.Namesp
         f"""
 OB AI Studio is running ({real}).
 
-  URL       {api}  (alive: {api}/health)
+  URL       {api}  (open it: the gallery, which asks for the key once)
   API key   {key}
   Secret    {secret}  (signs callbacks)
   Data      {folder}
 
-Try it; the picture is done in a few seconds, without any further command:
+Try it there, or by hand; the picture is done in a few seconds, without any further command:
 
   curl -s {api}/api/queue/create -H 'Authorization: Bearer {key}' -d '{{"prompt":"{EXAMPLE_PROMPT}"}}'
 

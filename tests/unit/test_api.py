@@ -611,3 +611,26 @@ def test_importing_the_app_needs_no_settings_and_loads_nothing_heavy():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={}, timeout=60, check=True)
 
     assert found.stdout == "[]\n"
+
+
+# What RunPod is given
+
+
+def test_a_job_is_answered_with_what_runpod_is_given_where_that_is_wanted(client):
+    own = {"workflow": {"3": {"inputs": {"seed": 7}}}}
+    _, made, _ = call(client, "POST", "/api/queue/create", {"prompt": "a cat"})
+    _, with_own, _ = call(client, "POST", "/api/queue/create", {"input": own})
+
+    _, plain, _ = call(client, "GET", f"/api/jobs/{made['id']}")
+    _, usual, _ = call(client, "GET", f"/api/jobs/{made['id']}?include=input")
+    _, given, _ = call(client, "GET", f"/api/jobs/{with_own['id']}?include=input")
+
+    assert "input" not in plain["job"]
+    assert usual["job"]["input"] == {"prompt": "a cat", "model": "qwen-image", "jobId": made["id"]}
+    assert given["job"]["input"] == own
+
+
+def test_nothing_else_is_included(client):
+    status, body, _ = call(client, "GET", "/api/jobs/x?include=counts")
+
+    assert (status, body["code"]) == (400, "include_invalid")

@@ -505,3 +505,13 @@ def test_without_a_key_no_callback_is_made_and_none_is_shown(client, bench, anon
     assert (refused[0], refused[1]["code"]) == (401, "unauthorized")
     assert (shown["callback_url"], shown["pictures"]) == (None, [])
     assert call(client, "GET", f"/api/queue/status/{job_id}")[1]["callback_url"] == order["callback_url"]
+
+
+def test_in_the_input_that_is_shown_a_picture_stands_by_its_key_and_not_by_a_link(client, bench):
+    key = put(bench, client)
+    body = {"model": EDIT, "prompt": "snow", "image_key": key}
+    _, made, _ = call(client, "POST", "/api/queue/create", body)
+
+    _, answer, _ = call(client, "GET", f"/api/jobs/{made['id']}?include=input")
+
+    assert answer["job"]["input"]["workflow"]["78"]["inputs"]["image_url"] == key
