@@ -238,12 +238,17 @@ class Deployed:
 
     def call(self, method, path, body=None, *, resource=None, key=API_KEY, **more):
         """One request by way of API Gateway; the status, the body and the headers."""
+        status, text, headers = self.fetch(method, path, body, resource=resource, key=key, **more)
+        return status, json.loads(text or "null"), headers
+
+    def fetch(self, method, path, body=None, *, resource=None, key=None, **more):
+        """The same with the body as it was sent."""
         headers = {"Authorization": f"Bearer {key}", **more.pop("headers", {})} if key else more.pop("headers", {})
         event = rest_event(method, path, resource or path, body, headers=headers, **more)
         answer = self.apis["APIHandler"].invoke(event)
         self.answers.append(answer)
         assert not answer.get("isBase64Encoded")
-        return answer["statusCode"], json.loads(answer["body"] or "null"), answer["headers"]
+        return answer["statusCode"], answer["body"], answer["headers"]
 
     def tick(self, seconds=20.0):
         """One run of the schedule, with time for its first round alone."""
@@ -403,7 +408,7 @@ def test_every_route_is_reached_by_the_event_that_its_resource_makes(deployed, p
     }
     assert resources == {(method, path) for path, methods in app.app.routes.items() for method in methods}
 
-    for method, resource in sorted(resources):
+    for method, resource in sorted(resources - {("GET", "/"), ("GET", "/ui/{name}")}):  # these answer no JSON
         params = {name: "11111111-2222-3333-4444-555555555555" for name in re.findall(r"{(\w+)}", resource)}
         path = resource.format(**params)
         body = {} if method == "POST" else None
@@ -411,13 +416,22 @@ def test_every_route_is_reached_by_the_event_that_its_resource_makes(deployed, p
             method, path, body, resource=resource, params=params or None, key="wrong"
         )
 
-        if resource in ("/", "/ui/{name}"):
-            continue  # no JSON: tested by themselves
         open_to_all = resource in ("/health", "/openapi.json")
         assert status == (200 if open_to_all else 403 if resource.startswith("/webhooks") else 401), resource
         assert (answer.get("ok") is False) is not open_to_all
         assert headers["Access-Control-Allow-Origin"] == "*"
         assert f'"request_id": "{headers["X-Request-Id"]}"'.encode() in deployed.logs.read_bytes()
+
+
+def test_the_page_is_in_the_package_and_finds_its_files_under_the_stage(deployed):
+    status, text, headers = deployed.fetch("GET", "/")
+
+    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    names = re.findall(r'(?:href|src)="ui/(.+?)"', text)
+    assert "app.js" in names
+    for name in [*names, "th.js"]:
+        found = deployed.fetch("GET", f"/ui/{name}", resource="/ui/{name}", params={"name": name})
+        assert (found[0], found[1]) == (200, (ROOT / "chalicelib" / "ui" / name).read_text(encoding="utf-8"))
 
 
 def test_a_body_in_base64_is_read(deployed):
@@ -630,6 +644,7 @@ def test_the_api_has_one_short_stage_with_limits_and_is_regional(expanded):
     (api,) = only(resources, "RestApi").values()
     (deployment,) = only(resources, "Deployment").values()
     assert stage["StageName"] == "v1"
+    assert api["MinimumCompressionSize"] == 1000
     assert limits == {"ResourcePath": "/*", "HttpMethod": "*", "ThrottlingRateLimit": 10, "ThrottlingBurstLimit": 20}
     assert (of_the_page["ResourcePath"], of_the_page["ThrottlingBurstLimit"]) == ("/~1ui~1{name}", 200)
     assert api["EndpointConfiguration"] == {"Types": ["REGIONAL"]}
