@@ -1,6 +1,6 @@
 // The public API, and nothing else: the key, requests, and what is wrong in a sentence.
 
-import { setClock, t, told } from "./words.js";
+import { setClock, store, t, told } from "./words.js";
 
 const KEY = "ob.key";
 const ADDRESS = "ob.api";
@@ -8,18 +8,18 @@ const MOST_SECONDS = 35;
 const kept = new Map(); // path → the last answer with its ETag
 
 export const fixed = document.body.dataset.api; // the service's own word, or that of whoever put the page elsewhere
-export const address = () => fixed || localStorage.getItem(ADDRESS) || "";
-export const key = () => localStorage.getItem(KEY);
+export const address = () => fixed || store.getItem(ADDRESS) || "";
+export const key = () => store.getItem(KEY);
 
 export function remember(newKey, newAddress) {
   kept.clear();
-  if (newAddress) localStorage.setItem(ADDRESS, newAddress.replace(/\/*$/, "/"));
-  localStorage.setItem(KEY, newKey.trim());
+  if (newAddress) store.setItem(ADDRESS, newAddress.replace(/\/*$/, "/"));
+  store.setItem(KEY, newKey.trim());
 }
 
 export function forget() {
   kept.clear();
-  localStorage.removeItem(KEY);
+  store.removeItem(KEY);
 }
 
 /** `code`, `message`, `status` (0: no answer), and `after` seconds where the service says when to try again. */

@@ -1,7 +1,7 @@
 // The page: its header and views, the key, and the one loop that asks the API how things stand.
 
 import * as api from "./api.js";
-import { button, byId, fill, h, raise } from "./dom.js";
+import { button, byId, fill, h, raise, say } from "./dom.js";
 import * as gallery from "./gallery.js";
 import * as make from "./make.js";
 import { address, go, here, onMove, stays } from "./place.js";
@@ -17,7 +17,8 @@ let view = null; // what is drawn: the gallery, or a module of the other two
 let open = null; // the module of the open job
 let drawn = ""; // the place that is drawn
 let timer;
-let looking = null;
+let looking = false;
+let again = false; // as soon as this look is over
 let failed = 0; // looks in a row
 let deadAt = -Infinity;
 let deadAmong; // failed jobs, when they were counted last
@@ -39,13 +40,22 @@ function drawHeader() {
 }
 
 async function show() {
+  try {
+    await showPlace();
+  } catch (error) {
+    drawn = "";
+    say(`${t("The page could not be loaded.")} (${error.message})`, true);
+  }
+  await look();
+}
+
+async function showPlace() {
   const { view: wanted, job, ...filter } = here();
   const name = Object.hasOwn(VIEWS, wanted) ? wanted : "";
   const place = JSON.stringify([name, name ? "" : filter]);
   if (place !== drawn) await drawView(name, place);
   if (job) open ??= await import("./job.js");
-  if (open) open.show(job, { beside: gallery.beside, changed });
-  await look();
+  if (open) open.show(here().job, { beside: gallery.beside, changed });
 }
 
 async function drawView(name, place) {
@@ -57,6 +67,7 @@ async function drawView(name, place) {
     else tab.removeAttribute("aria-current");
   }
   const next = name ? await VIEWS[name]() : gallery;
+  if (drawn !== place) return; // the visitor has gone on meanwhile
   if (next === view) {
     if (next === gallery) gallery.reset();
   } else {
@@ -85,16 +96,22 @@ function changed(id, job) {
   look();
 }
 
-/** Look at how things stand, now and then by itself; one look at a time. */
-function look() {
+/** Look at how things stand, now and then by itself; one look at a time, and one after that where more was asked. */
+async function look() {
   clearTimeout(timer);
-  looking ??= lookOnce().finally(() => {
-    looking = null;
+  if (looking) return void (again = true);
+  looking = true;
+  try {
+    await lookOnce();
+  } finally {
+    looking = false;
     clearTimeout(timer);
-    if (api.key()) timer = setTimeout(look, 1000 * (failed ? Math.min(MOST_BACKOFF, failed) : document.hidden ? HIDDEN : busy() ? BUSY : IDLE));
-  });
-  return looking;
+    if (api.key()) timer = setTimeout(look, 1000 * (again ? 0 : pause()));
+    again = false;
+  }
 }
+
+const pause = () => (failed ? Math.min(MOST_BACKOFF, failed) : document.hidden ? HIDDEN : busy() ? BUSY : IDLE); // seconds
 
 const busy = () => (open?.isOpen() ? open.busy() : view === gallery && gallery.busy());
 

@@ -1,7 +1,7 @@
 // The gallery: one list request at a time keeps every card in view true.
 
 import * as api from "./api.js";
-import { byId, fill, h, media, safe } from "./dom.js";
+import { byId, fill, h, media, safe, say } from "./dom.js";
 import { address, FILTERS, go, here, link, stays } from "./place.js";
 import { badge, bar, files, live, ratio, reason, stage, STATUSES, when } from "./show.js";
 import { number, t } from "./words.js";
@@ -16,6 +16,7 @@ let counts = null;
 let limit = 0; // of the counts
 let begun = false;
 let loading = false;
+let turn = 0; // counts the lists that were begun; an answer to an earlier one is too late
 
 export const jobs = () => cards.map((card) => card.job);
 export const busy = () => cards.some((card) => live(card.job));
@@ -43,7 +44,7 @@ export function draw(place) {
 
 /** Begin anew with the filter that the address has. */
 export function reset() {
-  [cards, cursor, counts, begun, loading] = [[], null, null, false, false];
+  [cards, cursor, counts, begun, loading, turn] = [[], null, null, false, false, turn + 1];
   const list = fill(byId("cards"), Array.from({ length: 6 }, () => h("li", { class: "card ghost" }, h("div", { class: "frame" }))));
   list.setAttribute("aria-busy", "true");
   byId("more").hidden = true;
@@ -89,20 +90,23 @@ function path(extra) {
 
 /** Ask once for what is in view, and show what has changed. */
 export async function refresh() {
-  const asked = path({});
+  const mine = turn;
   const from = anchor();
   const answer = await api.get(path(from
     ? { created_before: justAfter(from), limit: MOST }
     : { include: "counts", limit: cards.length > PAGE ? MOST : PAGE }));
-  if (asked !== path({}) || !byId("cards")) return; // the visitor has gone elsewhere meanwhile
+  if (!current(mine)) return;
   if (!begun || !answer.same) take(answer, from);
   tick();
 }
 
+const current = (mine) => mine === turn && byId("cards");
+
 /** Since when the jobs in view were made, where they are not among the newest; in steps, so that the question stays the same. */
 function anchor() {
   const first = Math.max(0, cards.findIndex(({ element }) => element.getBoundingClientRect().bottom > 0));
-  return first < PAGE ? null : cards[first - (first % PAGE)].job.created_at;
+  const from = first < PAGE ? null : cards[first - (first % PAGE)].job.created_at;
+  return Date.parse(from) ? from : null;
 }
 
 // The parameter leaves out its own instant.
@@ -111,8 +115,8 @@ const justAfter = (iso) => new Date(Date.parse(iso) + 1).toISOString();
 /** What the answer spans is as it says: what it does not have of that is gone. */
 function take(answer, from) {
   const there = new Set(answer.jobs.map((job) => job.id));
-  const until = answer.next_cursor ? answer.jobs.at(-1).created_at : "";
-  const spanned = ({ job }) => (!from || job.created_at <= from) && job.created_at >= until;
+  const last = answer.next_cursor && answer.jobs.at(-1);
+  const spanned = ({ job }) => (!from || job.created_at <= from) && (!last || isNewer(job, last));
   const gone = cards.filter((card) => spanned(card) && !there.has(card.job.id) && !(card.fresh > performance.now()));
   gone.forEach(({ element }) => element.remove());
   cards = cards.filter((card) => !gone.includes(card));
@@ -133,23 +137,23 @@ function take(answer, from) {
 async function showOlder(wanted = false) {
   if (!cursor || loading === true || (loading === "failed" && !wanted)) return;
   loading = true;
-  const asked = path({});
+  const mine = turn;
   try {
     const answer = await api.get(path({ limit: PAGE, cursor }));
-    if (asked !== path({})) return;
+    if (!current(mine)) return;
     answer.jobs.forEach((job) => put(job));
     cursor = answer.next_cursor;
     loading = false;
-  } catch {
+  } catch (error) {
+    if (!current(mine)) return;
+    if (!(error instanceof api.ApiError)) throw error;
     loading = "failed";
   }
   finish();
 }
 
 function finish() {
-  const list = byId("cards");
-  if (!list) return;
-  list.removeAttribute("aria-busy");
+  byId("cards").removeAttribute("aria-busy");
   const more = byId("more");
   more.hidden = !cursor;
   more.textContent = loading === "failed" ? t("That failed. Show older ones") : t("Show older ones");
@@ -175,6 +179,7 @@ export function add(job) {
 
 /** Show a job as it is now. */
 export function put(job, fresh = 0) {
+  if (!begun) return;
   const known = cards.find((card) => card.job.id === job.id);
   if (known) return update(known, job);
   const card = { element: h("li", { class: "card" }), fresh };
@@ -204,8 +209,8 @@ function update(card, job) {
   card.element.style.setProperty("--ratio", ratio(job));
   const frame = frameOf(card, job, before);
   const focused = card.element.contains(document.activeElement);
-  const name = t("Open the job: {prompt}", { prompt: job.prompt || job.id });
-  const open = h("a", { ...link({ job: job.id }), "aria-label": name }, frame,
+  if (before && live(before) && !live(job) && card.fresh) say(`${t(STATUSES[job.status])}: ${job.prompt}`);
+  const open = h("a", link({ job: job.id }), frame,
     h("div", { class: "line" }, badge(job), h("span", { class: "when" }, when(job))),
     h("p", { class: "prompt", dir: "auto" }, job.prompt || job.id));
   fill(card.element, open);

@@ -42,7 +42,7 @@ const leave = () => go({ job: "" });
 
 function keys(event) {
   const step = { ArrowLeft: 0, ArrowRight: 1 }[event.key];
-  if (step === undefined || event.altKey || /^(INPUT|VIDEO|AUDIO|TEXTAREA)$/.test(event.target.tagName)) return;
+  if (step === undefined || event.altKey || event.target.matches("input, video, audio, pre, .scroll")) return;
   const next = around(id)[step];
   if (next) go({ job: next }, { replace: true });
 }

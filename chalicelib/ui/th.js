@@ -3,6 +3,7 @@
 export const words = {
   "The service does not answer.": "บริการไม่ตอบ",
   "What answered there is not the service (HTTP {status}).": "สิ่งที่ตอบมาไม่ใช่บริการนี้ (HTTP {status})",
+  "The page could not be loaded.": "โหลดหน้าไม่สำเร็จ",
   "The picture could not be uploaded.": "อัปโหลดภาพไม่สำเร็จ",
   "Skip to the content": "ข้ามไปยังเนื้อหา",
   "Views": "หน้า",
@@ -68,7 +69,6 @@ export const words = {
   "No job fits.": "ไม่มีงานที่ตรงเงื่อนไข",
   "Show all": "แสดงทั้งหมด",
   "No job yet. Write above what you would like to see, and press Make: the picture appears here by itself.": "ยังไม่มีงาน เขียนด้านบนว่าอยากเห็นภาพอะไร แล้วกด “สร้าง” ภาพจะปรากฏที่นี่เอง",
-  "Open the job: {prompt}": "เปิดงาน: {prompt}",
   "All": "ทั้งหมด",
   "Loading…": "กำลังโหลด…",
   "Job": "งาน",

@@ -1,20 +1,30 @@
 // What the page says, in the visitor's language. The English words stand in the code; th.js has the Thai ones for them.
 
 export const LANGUAGES = { en: "English", th: "ไทย" };
-const KEPT_AS = "ob.language";
+const LANGUAGE = "ob.language";
+
+/** What this browser keeps; where it keeps nothing, until the page is closed. */
+export const store = (() => {
+  try {
+    return localStorage;
+  } catch {
+    const kept = new Map();
+    return { getItem: (name) => kept.get(name) ?? null, setItem: (name, value) => kept.set(name, value), removeItem: (name) => kept.delete(name) };
+  }
+})();
 
 export let language = "en";
 let words = {};
 
 export async function speak() {
-  const wanted = [localStorage.getItem(KEPT_AS), ...navigator.languages].map((name) => name?.slice(0, 2));
+  const wanted = [store.getItem(LANGUAGE), ...navigator.languages].map((name) => name?.slice(0, 2));
   language = wanted.find((name) => name in LANGUAGES) ?? "en";
   if (language === "th") words = await import("./th.js").then((file) => file.words, () => ({})); // English rather than nothing
   document.documentElement.lang = language;
 }
 
 export function switchTo(wanted) {
-  localStorage.setItem(KEPT_AS, wanted);
+  store.setItem(LANGUAGE, wanted);
   location.reload();
 }
 
