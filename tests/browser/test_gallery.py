@@ -431,7 +431,7 @@ def test_a_job_is_deleted_and_gone(visit, stack):
 
 
 def test_every_file_is_there_a_video_plays_and_a_download_has_a_name(visit, stack):
-    video = base64.b64encode((FILES / "live.webm").read_bytes()).decode()
+    video = base64.b64encode((FILES / "red.webm").read_bytes()).decode()
     image = base64.b64encode(picture()["buffer"]).decode()
     prompt = f"Ein Garten, ถ่ายจากฟ้า/{word()}"
     simulate = {

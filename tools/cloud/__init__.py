@@ -6,6 +6,7 @@ call it without a socket; server.py puts them behind one port.
 """
 
 import json
+import sqlite3
 import threading
 import time
 from collections import Counter
@@ -42,6 +43,14 @@ def json_answer(status: int, body: Any, headers: dict[str, str] | None = None) -
         json.dumps(body, ensure_ascii=False).encode(),
         {"Content-Type": "application/json; charset=utf-8", **(headers or {})},
     )
+
+
+def open_database(path: Path) -> sqlite3.Connection:
+    """SQLite for every thread. A kill leaves it whole; a power cut may not, for that would cost an fsync a write."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = OFF")
+    return connection
 
 
 @dataclass(frozen=True)

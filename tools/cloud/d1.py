@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tools.cloud import Account, Answer, Request, json_answer
+from tools.cloud import Account, Answer, Request, json_answer, open_database
 
 # https://developers.cloudflare.com/d1/platform/limits/ ; the last three are of the engine itself
 LIMITS = {
@@ -45,8 +45,7 @@ class D1:
         self._path = f"/client/v4/accounts/{account.account_id}/d1/database/{account.database_id}/query"
         self._account = account
         self._lock = threading.Lock()
-        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection = open_database(path)
         self._connection.execute("PRAGMA foreign_keys = ON")
         for limit, value in LIMITS.items():
             self._connection.setlimit(limit, value)

@@ -13,7 +13,6 @@ call says otherwise ({"workers": null}: all is as usual), or the process ends.
 
 import json
 import math
-import sqlite3
 import threading
 import uuid
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools.cloud import Account, Answer, Request, json_answer
+from tools.cloud import Account, Answer, Request, json_answer, open_database
 from tools.cloud.runs import Run, fault, health, health_fault
 from tools.cloud.worker import Fetch, NotLoaded, Worker, fetch
 
@@ -69,8 +68,7 @@ class Runpod:
         self._under_way: set[str] = set()  # runs whose webhook is being sent
         self._workers: dict[str, dict[str, int]] = {}  # that an endpoint's health is to tell
         self._held: set[str] = set()  # endpoints whose workers take no run
-        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection = open_database(path)
         self._make_table()
         for endpoint_id in self._endpoints:
             self._release(endpoint_id)
