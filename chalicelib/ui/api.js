@@ -34,10 +34,10 @@ export class ApiError extends Error {
   }
 }
 
-/** The answer; with `same` where it is the one that this path gave before. */
-export async function get(path) {
+/** The answer; with `same` where it is the one that this path gave before. The signal ends the wait for it. */
+export async function get(path, signal) {
   const before = kept.get(path);
-  const response = await send("GET", path, { headers: before ? { "If-None-Match": before.etag } : {} });
+  const response = await send("GET", path, { headers: before ? { "If-None-Match": before.etag } : {}, signal });
   if (response.status === 304) return { ...before.answer, same: true };
   const answer = await read(response);
   const etag = response.headers.get("ETag");
@@ -55,7 +55,7 @@ export async function act(method, path, body, headers = {}) {
 async function send(method, path, options) {
   const headers = { Authorization: `Bearer ${key() ?? ""}`, ...options.headers };
   try {
-    const signal = AbortSignal.timeout(MOST_SECONDS * 1000);
+    const signal = AbortSignal.any([AbortSignal.timeout(MOST_SECONDS * 1000), ...(options.signal ? [options.signal] : [])]);
     const url = new URL(path, new URL(address(), location.href));
     const response = await fetch(url, { ...options, method, headers, signal, cache: "no-store", credentials: "omit" });
     setClock(response.headers.get("Date")); // which another origin does not show

@@ -19,6 +19,7 @@ let drawn = ""; // the place that is drawn
 let timer;
 let looking = false;
 let again = false; // as soon as this look is over
+let moved = new AbortController(); // ends the look that is under way: the visitor is elsewhere
 let failed = 0; // looks in a row
 let deadAt = -Infinity;
 let deadAmong; // failed jobs, when they were counted last
@@ -46,6 +47,7 @@ async function show() {
     drawn = "";
     say(`${t("The page could not be loaded.")} (${error.message})`, true);
   }
+  moved.abort();
   await look();
 }
 
@@ -55,7 +57,7 @@ async function showPlace() {
   const place = JSON.stringify([name, name ? "" : filter]);
   if (place !== drawn) await drawView(name, place);
   if (job) open ??= await import("./job.js");
-  if (open) open.show(here().job, { beside: gallery.beside, changed });
+  if (open) open.show(here().job, { gallery, changed });
 }
 
 async function drawView(name, place) {
@@ -83,9 +85,11 @@ function drawMain(next) {
   next.draw(content, changed);
 }
 
+/** A job was made here: whether it is in view, if the gallery is. */
 function made(job) {
-  gallery.add(job);
+  const seen = view !== gallery || gallery.add(job);
   look();
+  return seen;
 }
 
 /** Something was done: the job as it is now, null where it is gone, nothing where that is not known. */
@@ -101,8 +105,9 @@ async function look() {
   clearTimeout(timer);
   if (looking) return void (again = true);
   looking = true;
+  moved = new AbortController();
   try {
-    await lookOnce();
+    await lookOnce(moved.signal);
   } finally {
     looking = false;
     clearTimeout(timer);
@@ -115,23 +120,31 @@ const pause = () => (failed ? Math.min(MOST_BACKOFF, failed) : document.hidden ?
 
 const busy = () => (open?.isOpen() ? open.busy() : view === gallery && gallery.busy());
 
-async function lookOnce() {
+async function lookOnce(signal) {
   if (!api.key()) return askForKey();
   try {
-    await Promise.all([learn(), open?.isOpen() ? open.refresh() : view.refresh()]);
-    await countDead();
+    await Promise.all([learn(signal), refresh(signal)]);
+    if (open?.isOpen()) open.tick();
+    await countDead(signal);
     failed = 0;
-    byId("down").hidden = true;
+    tellUp();
   } catch (error) {
     if (!(error instanceof api.ApiError)) throw error;
+    if (signal.aborted) return;
     if (error.status === 401) return askForKey(error);
     failed = error.passing ? (error.after ?? Math.max(2, failed * 2)) : MOST_BACKOFF;
     tellDown(error);
   }
 }
 
-async function learn() {
-  if ((await make.begin()) && view === gallery) gallery.offerModels(make.names());
+async function learn(signal) {
+  if ((await make.begin(signal)) && view === gallery) gallery.offerModels(make.names());
+}
+
+/** The open job, or else what is drawn; the gallery behind a job once, for that is what the arrows go by. */
+function refresh(signal) {
+  if (!open?.isOpen()) return view.refresh(signal);
+  return Promise.all([open.refresh(signal), view === gallery && !gallery.hasBegun() && gallery.refresh(signal)]);
 }
 
 function tellDown(error) {
@@ -141,9 +154,14 @@ function tellDown(error) {
   byId("down").hidden = false;
 }
 
-async function countDead() {
+function tellUp() {
+  if (byId("down").contains(document.activeElement)) byId("main").focus();
+  byId("down").hidden = true;
+}
+
+async function countDead(signal) {
   if (performance.now() - deadAt < DEAD * 1000 && deadAmong === gallery.failures()) return;
-  const found = await api.get("api/dead-letters?limit=100");
+  const found = await api.get("api/dead-letters?limit=100", signal);
   [deadAt, deadAmong] = [performance.now(), gallery.failures()];
   const number = found.dead_letters.length;
   fill(byId("dead"), number + (found.next_cursor ? "+" : ""));
@@ -154,16 +172,17 @@ async function countDead() {
 function askForKey(error) {
   clearTimeout(timer);
   if (byId("key")) return;
-  const field = h("input", { id: "key", name: "key", type: "password", required: true, autocomplete: "current-password", spellcheck: "false", "aria-describedby": "key-wrong" });
+  const field = h("input", { id: "key", name: "key", type: "password", required: true, pattern: "\\s*[!-~]+\\s*", title: t("Letters, digits and signs, without a space"), autocomplete: "current-password", spellcheck: "false", "aria-describedby": "key-wrong" });
   const place = !api.fixed && h("label", {}, t("Address of the API"), h("input", { id: "address", type: "url", required: true, value: api.address(), placeholder: "https://api.example.com/v1/" }));
-  const box = h("dialog", { class: "ask", "aria-labelledby": "key-title", oncancel: (event) => event.preventDefault() },
+  // A second Esc closes it whatever is said to the first.
+  const box = h("dialog", { class: "ask", "aria-labelledby": "key-title", onclose: () => box.isConnected && box.showModal() },
     h("h2", { id: "key-title" }, t("Your API key")),
     h("p", {}, t("It is kept in this browser only, until you press “Forget the key”. ./run prints one; a running service's operator makes them.")),
-    h("form", { onsubmit: (event) => { event.preventDefault(); api.remember(field.value, byId("address")?.value); box.close(); box.remove(); restart(); } },
+    h("form", { onsubmit: (event) => { event.preventDefault(); api.remember(field.value, byId("address")?.value); box.close(); raise(); box.remove(); restart(); } },
       h("input", { type: "text", autocomplete: "username", value: "OB AI Studio", hidden: true }), // what a password manager keeps it under
       place,
       h("label", {}, t("API key"), field),
-      h("p", { id: "key-wrong", class: "wrong", role: "alert" }, error && `${error.message} (${error.code})`),
+      h("p", { id: "key-wrong", class: "wrong", role: "alert" }, error && `${t("The service does not take this key.")} (${error.code})`),
       h("div", { class: "row end" }, h("button", { class: "main" }, t("Open the gallery")))));
   document.body.append(box);
   box.showModal();
@@ -172,7 +191,7 @@ function askForKey(error) {
 function restart() {
   drawn = "";
   failed = 0;
-  byId("down").hidden = true;
+  tellUp();
   show();
 }
 

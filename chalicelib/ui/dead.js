@@ -24,19 +24,27 @@ export function draw(place, changed) {
 }
 
 /** Ask how it stands, unless the visitor reads on further down. */
-export const refresh = () => (rows.length > PAGE ? null : load(null));
+export const refresh = (signal) => (rows.length > PAGE ? null : load(null, signal));
 
-async function load(cursor) {
-  const answer = await api.get(`api/dead-letters?${new URLSearchParams({ limit: PAGE, ...(cursor && { cursor }) })}`);
-  if (!byId("letters")) return;
+async function load(cursor, signal) {
+  const answer = await api.get(`api/dead-letters?${new URLSearchParams({ limit: PAGE, ...(cursor && { cursor }) })}`, signal);
+  const list = byId("letters");
+  if (!list) return;
   const found = cursor ? [...rows, ...answer.dead_letters] : answer.dead_letters;
   const same = JSON.stringify(found) === JSON.stringify(rows);
   [rows, next] = [found, answer.next_cursor];
-  byId("letters").removeAttribute("aria-busy");
+  list.removeAttribute("aria-busy");
+  if (!same || !rows.length) redraw(list);
   byId("redrive-all").hidden = !rows.length;
   byId("more-letters").hidden = !next;
-  if (!rows.length) fill(byId("letters"), h("li", {}, t("There is none. Every picture is where it belongs.")));
-  else if (!same) fill(byId("letters"), rows.map(letter));
+}
+
+/** All of it, and the keyboard stays about where it was. */
+function redraw(list) {
+  const at = [...list.children].findIndex((row) => row.contains(document.activeElement));
+  const held = at >= 0 || document.activeElement === byId("redrive-all");
+  fill(list, rows.length ? rows.map(letter) : h("li", {}, t("There is none. Every picture is where it belongs.")));
+  if (held) (list.children[Math.min(Math.max(at, 0), rows.length - 1)]?.querySelector("a") ?? byId("main")).focus();
 }
 
 function letter(row) {

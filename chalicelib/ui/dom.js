@@ -29,14 +29,23 @@ export function safe(url) {
 
 export const button = (text, onclick, attributes = {}) => h("button", { type: "button", onclick, ...attributes }, text);
 
+// Videos have no loading="lazy" of their own.
+const nearby = new IntersectionObserver((entries) => entries.filter((entry) => entry.isIntersecting).forEach(({ target }) => {
+  nearby.unobserve(target);
+  target.src = target.dataset.src;
+}), { rootMargin: "400px" });
+
 /** A picture, video or sound, or a word that it cannot be shown. */
 export function media(file, { alt = "", controls = false, eager = false } = {}) {
   const [kind] = (file.content_type ?? "image/").split("/");
   const src = safe(file.url);
   if (!src) return h("span", { class: "glyph" }, "✕");
   const failed = (event) => event.target.replaceWith(unshown(src, controls));
-  if (kind === "video")
-    return h("video", { src: controls ? src : `${src}#t=0.1`, controls, muted: !controls, loop: controls, playsinline: true, preload: "metadata", "aria-label": alt, onerror: failed });
+  if (kind === "video") {
+    const video = h("video", { src: controls && src, "data-src": `${src}#t=0.1`, controls, muted: !controls, loop: controls, playsinline: true, preload: "metadata", "aria-label": alt, onerror: failed });
+    if (!controls) nearby.observe(video);
+    return video;
+  }
   if (kind === "audio")
     return controls ? h("audio", { src, controls, "aria-label": alt, onerror: failed }) : h("span", { class: "glyph", "aria-hidden": "true" }, "♪");
   return h("img", { src, alt, width: file.width, height: file.height, loading: eager ? "eager" : "lazy", decoding: "async", onerror: failed });
@@ -80,11 +89,13 @@ export async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
   } catch { // not a secure context: an address in the own network, say
+    const focused = document.activeElement;
     const field = h("textarea", {}, text);
     (document.querySelector("dialog[open]") ?? document.body).append(field);
     field.select();
     document.execCommand("copy");
     field.remove();
+    focused.focus();
   }
   say(t("Copied."));
 }

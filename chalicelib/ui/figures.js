@@ -19,9 +19,9 @@ export function draw(place) {
     h("div", { id: "figures", "aria-busy": "true" }));
 }
 
-export async function refresh() {
+export async function refresh(signal) {
   const asked = days();
-  const stats = await api.get(`api/stats?days=${asked}`);
+  const stats = await api.get(`api/stats?days=${asked}`, signal);
   const place = byId("figures");
   if (!place || asked !== days() || (stats.same && !place.hasAttribute("aria-busy") && place.dataset.days === String(asked))) return;
   place.removeAttribute("aria-busy");

@@ -18,14 +18,29 @@ let begun = false;
 let loading = false;
 let turn = 0; // counts the lists that were begun; an answer to an earlier one is too late
 
-export const jobs = () => cards.map((card) => card.job);
+export const hasBegun = () => begun;
 export const busy = () => cards.some((card) => live(card.job));
 export const failures = () => counts?.error;
 
-/** The ids of the jobs before and after this one. */
-export function beside(id) {
-  const at = cards.findIndex((card) => card.job.id === id);
-  return at < 0 ? [] : [cards[at - 1]?.job.id, cards[at + 1]?.job.id];
+const placeOf = (id) => cards.findIndex((card) => card.job.id === id);
+
+/** Whether there is a newer job than this one, and an older one. */
+export function around(id) {
+  const at = placeOf(id);
+  return at < 0 ? [false, false] : [at > 0, at + 1 < cards.length || Boolean(cursor)];
+}
+
+/** The id of the job that is one newer (-1) or older (1), which may have to be asked for first. */
+export async function beside(id, step) {
+  if (placeOf(id) + step === cards.length) await showOlder(true);
+  return around(id)[step < 0 ? 0 : 1] ? cards[placeOf(id) + step]?.job.id : null;
+}
+
+/** Let the keyboard go on from this job, or from the top where it is not here. */
+export function focus(id) {
+  const card = cards[placeOf(id)]?.element;
+  if (card?.isConnected) card.firstChild.focus();
+  else if (document.activeElement === document.body) byId("main").focus();
 }
 
 export function draw(place) {
@@ -89,12 +104,12 @@ function path(extra) {
 }
 
 /** Ask once for what is in view, and show what has changed. */
-export async function refresh() {
+export async function refresh(signal) {
   const mine = turn;
   const from = anchor();
   const answer = await api.get(path(from
     ? { created_before: justAfter(from), limit: MOST }
-    : { include: "counts", limit: cards.length > PAGE ? MOST : PAGE }));
+    : { include: "counts", limit: cards.length > PAGE ? MOST : PAGE }), signal);
   if (!current(mine)) return;
   if (!begun || !answer.same) take(answer, from);
   tick();
@@ -170,19 +185,22 @@ function nothing() {
     : t("No job yet. Write above what you would like to see, and press Make: the picture appears here by itself."));
 }
 
-/** Show a job that was made here, before the list has it. */
+/** Show a job that was made here, before the list has it; whether that is so: under a filter only the list knows. */
 export function add(job) {
-  if (!begun || FILTERS.some((name) => here()[name])) return;
-  put(job, performance.now() + FRESH);
-  finish();
+  if (FILTERS.some((name) => here()[name])) return false;
+  if (begun) {
+    put(job, performance.now() + FRESH);
+    finish();
+  }
+  return true;
 }
 
 /** Show a job as it is now. */
 export function put(job, fresh = 0) {
   if (!begun) return;
-  const known = cards.find((card) => card.job.id === job.id);
+  const known = cards[placeOf(job.id)];
   if (known) return update(known, job);
-  const card = { element: h("li", { class: "card" }), fresh };
+  const card = { element: h("li", { class: "card" }, h("a", link({ job: job.id }))), fresh };
   const at = cards.findIndex((other) => isNewer(job, other.job));
   update(card, job);
   if (at < 0) {
@@ -195,7 +213,7 @@ export function put(job, fresh = 0) {
 }
 
 export function remove(id) {
-  cards.find((card) => card.job.id === id)?.element.remove();
+  cards[placeOf(id)]?.element.remove();
   cards = cards.filter((card) => card.job.id !== id);
   finish();
 }
@@ -208,13 +226,11 @@ function update(card, job) {
   if (JSON.stringify(before) === JSON.stringify(job)) return;
   card.element.style.setProperty("--ratio", ratio(job));
   const frame = frameOf(card, job, before);
-  const focused = card.element.contains(document.activeElement);
   if (before && live(before) && !live(job) && card.fresh) say(`${t(STATUSES[job.status])}: ${job.prompt}`);
-  const open = h("a", link({ job: job.id }), frame,
+  // The link itself stays: it may have the focus, or be about to be clicked.
+  fill(card.element.firstChild, frame,
     h("div", { class: "line" }, badge(job), h("span", { class: "when" }, when(job))),
     h("p", { class: "prompt", dir: "auto" }, job.prompt || job.id));
-  fill(card.element, open);
-  if (focused) open.focus();
 }
 
 /** The picture itself stays where it is the same: it would flicker, though a private bucket's links change. */
@@ -232,5 +248,9 @@ function frameOf(card, job, before) {
 
 /** What passes by itself: how long each has taken. */
 export function tick() {
-  for (const { job, element } of cards) element.querySelector(".when").textContent = when(job);
+  for (const { job, element } of cards) {
+    const place = element.querySelector(".when");
+    const text = when(job);
+    if (place.textContent !== text) place.textContent = text;
+  }
 }

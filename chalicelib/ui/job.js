@@ -12,7 +12,7 @@ let box = null; // the dialog around it
 let id = null;
 let job = null;
 let chosen = 0; // of its files
-let around = () => [];
+let gallery = null; // that the arrows go by
 let tell = () => {};
 let input = null; // what RunPod is given, once it was asked for
 
@@ -20,8 +20,8 @@ export const isOpen = () => Boolean(box?.open);
 export const busy = () => !job || live(job) || Boolean(job.deleted_at);
 
 /** Show the job, or nothing. */
-export function show(wanted, { beside, changed }) {
-  [around, tell] = [beside, changed];
+export function show(wanted, { gallery: behind, changed }) {
+  [gallery, tell] = [behind, changed];
   if (!wanted) return box?.close();
   if (wanted === id && isOpen()) return;
   [id, job, chosen, input] = [wanted, null, 0, null];
@@ -33,64 +33,95 @@ export function show(wanted, { beside, changed }) {
 }
 
 function build() {
-  const dialog = h("dialog", { id: "job", "aria-labelledby": "job-title", onkeydown: keys, onclick: (event) => event.target === dialog && leave(), onclose: () => { if (dialog.open) return; id = job = null; leave(); } }, content);
+  const dialog = h("dialog", { id: "job", "aria-labelledby": "job-title", onkeydown: keys, onclick: (event) => event.target === dialog && leave(), onclose: closed }, content);
   document.body.append(dialog);
   return dialog;
+}
+
+function closed() {
+  if (box.open) return; // it was opened again at once
+  gallery.focus(id); // the last one, not the one that was opened first
+  id = job = null;
+  leave();
 }
 
 const leave = () => go({ job: "" });
 
 function keys(event) {
-  const step = { ArrowLeft: 0, ArrowRight: 1 }[event.key];
-  if (step === undefined || event.altKey || event.target.matches("input, video, audio, pre, .scroll")) return;
-  const next = around(id)[step];
-  if (next) go({ job: next }, { replace: true });
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  const meant = event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || event.target.matches("input, video, audio, pre, .scroll");
+  if (step && !meant) turn(step);
+}
+
+async function turn(step) {
+  const asked = id;
+  const next = await gallery.beside(asked, step);
+  if (next && asked === id && isOpen()) go({ job: next }, { replace: true });
 }
 
 /** Ask how it stands. */
-export async function refresh() {
+export async function refresh(signal) {
   const asked = id;
   try {
-    const answer = await api.get(`api/jobs/${encodeURIComponent(asked)}`);
-    if (asked !== id || (job && answer.same)) return tick();
+    const answer = await api.get(`api/jobs/${encodeURIComponent(asked)}`, signal);
+    if (asked !== id || (job && answer.same)) return;
     job = answer.job;
     draw();
   } catch (error) {
     if (![400, 404, 410].includes(error.status)) throw error;
-    if (asked === id) fill(content, head(), h("p", { class: "wrong" }, `${error.message} (${error.code})`));
+    if (asked === id) refused(error);
   }
 }
 
-function tick() {
+function refused(error) {
+  fill(content, head(), h("p", { class: "wrong" }, `${error.message} (${error.code})`));
+  content.focus();
+}
+
+/** What passes by itself, and what the gallery behind it has learned meanwhile. */
+export function tick() {
+  renew(content.firstChild, head());
   const place = box.querySelector(".when");
   if (place && job) place.textContent = when(job);
 }
 
 function head() {
-  const [before, after] = around(id);
-  const turn = (target, sign, word) => button(sign, () => go({ job: target }, { replace: true }), { "aria-label": word, title: word, disabled: !target, "data-keep": sign });
+  const [newer, older] = gallery.around(id);
+  const arrow = (sign, step, word, there) => button(sign, () => turn(step), { "aria-label": word, title: word, "aria-disabled": there ? null : "true", "data-keep": sign });
   return h("header", { class: "row" },
     h("h2", { id: "job-title" }, job ? badge(job) : t("Job"), " ", h("small", {}, id.slice(0, 8))),
-    turn(before, "←", t("The newer job")), turn(after, "→", t("The older job")),
+    arrow("←", -1, t("The newer job"), newer), arrow("→", 1, t("The older job"), older),
     button("✕", leave, { "aria-label": t("Close"), title: t("Close"), "data-keep": "close" }));
 }
 
 function draw() {
-  // What has the focus, is played or is unfolded stays so, though all is drawn anew.
-  const focused = content.contains(document.activeElement) ? document.activeElement : null;
-  const unfolded = [...content.querySelectorAll("details[open]")].map((part) => part.dataset.keep);
-  const side = h("div", { class: "side" }, state(), words(), actions(), facts(), attempts(), timeline(), raw());
-  if (content.querySelector(".stage-area")?.dataset.shows === shows()) {
-    content.firstChild.replaceWith(head());
-    content.querySelector(".side").replaceWith(side);
-  } else {
-    fill(content, head(), h("div", { class: "sides" }, pictureArea(), side));
-  }
-  for (const part of box.querySelectorAll("details")) part.open = unfolded.includes(part.dataset.keep);
-  if (focused && !focused.isConnected) (content.querySelector(`[data-keep="${focused.dataset.keep}"]`) ?? content).focus();
+  const parts = [state(), words(), actions(), facts(), attempts(), timeline(), ...raw()].map((part) => part ?? h("div", { hidden: true }));
+  const area = content.querySelector(".stage-area");
+  if (!area) return fill(content, head(), h("div", { class: "sides" }, pictureArea(), h("div", { class: "side" }, parts)));
+  renew(content.firstChild, head());
+  if (area.dataset.shows !== shows()) swap(area, () => area.replaceWith(pictureArea()));
+  [...content.querySelector(".side").children].forEach((part, at) => renew(part, parts[at]));
 }
 
-const shows = () => [job.id, job.status, chosen, ...files(job).map((file) => file.key)].join();
+/** A part as it is now. One that is the same stays: words may be marked in it, a button be about to be pressed. */
+function renew(part, fresh) {
+  if (part.open) fresh.open = true;
+  if (part.isEqualNode(fresh)) return;
+  const scrolled = part.querySelector("pre")?.scrollTop;
+  swap(part, () => part.replaceWith(fresh));
+  if (scrolled) fresh.querySelector("pre").scrollTop = scrolled;
+}
+
+/** Replace what is in the place; what had the focus there, has it again. */
+function swap(place, replace) {
+  const held = place.contains(document.activeElement) && document.activeElement;
+  replace();
+  if (held) hold(held.dataset.keep);
+}
+
+const hold = (name) => (content.querySelector(`[data-keep="${name}"]`) ?? content).focus();
+
+const shows = () => [chosen, ...files(job).map((file) => file.key)].join();
 
 function pictureArea() {
   const file = files(job)[chosen];
@@ -105,9 +136,8 @@ function pictureArea() {
     h("div", { class: "row" },
       isImage && zoom(frame),
       isImage && given && compare(frame, given),
-      button(t("Download"), () => download(file), { class: "main" }),
-      button(t("Copy link"), () => copy(file.url)),
-      job.urls_expire_at && h("span", { class: "small" }, t("The link holds until {time}.", { time: clock(job.urls_expire_at) }))),
+      button(t("Download"), () => download(files(job)[chosen]), { class: "main" }),
+      button(t("Copy link"), () => copy(files(job)[chosen].url))), // as it is by then: a private bucket's link ends
     job.outputs.length > 1 && h("ul", { class: "strip" }, job.outputs.map((other, at) =>
       h("li", {}, h("button", { type: "button", "data-keep": `file${at}`, "aria-pressed": String(at === chosen), "aria-label": t("File {n} of {all}", { n: at + 1, all: job.outputs.length }), onclick: () => { chosen = at; draw(); } }, media(other))))));
 }
@@ -183,7 +213,9 @@ function actions() {
 
 async function act({ name, question, word, done, bad }) {
   const target = id;
-  if (!(await ask(question, word, { bad }))) return;
+  const wanted = await ask(question, word, { bad });
+  if (isOpen()) hold(name); // it may have been drawn anew meanwhile
+  if (!wanted) return;
   try {
     const answer = name === "delete" ? await api.act("DELETE", `api/jobs/${target}`) : await api.act("POST", `api/jobs/${target}/${name}`, {});
     say(done);
@@ -204,6 +236,7 @@ function facts() {
     row(t("Made"), moment(job.created_at)),
     job.finished_at && row(t("Took"), span(new Date(job.finished_at) - new Date(job.created_at))),
     row(t("Model"), job.model),
+    job.urls_expire_at && row(t("Links"), t("They hold until {time}.", { time: clock(job.urls_expire_at) })),
     file && row(t("File"), [file.content_type, file.width && `${file.width} × ${file.height}`, file.bytes && bytes(file.bytes)].filter(Boolean).join(", ")),
     row(t("Cost"), money(job.cost.usd) + wasted),
     job.result_until && dead(job) && row(t("Kept at RunPod until"), moment(job.result_until)),
@@ -215,7 +248,7 @@ function attempts() {
   if (!job.attempts.length) return null;
   const cell = (value) => h("td", {}, value ?? "–");
   const time = (milliseconds) => (milliseconds == null ? null : span(milliseconds));
-  return h("section", {}, h("h3", { id: "runs" }, t("GPU runs")), h("div", { class: "scroll", tabindex: 0, role: "region", "aria-labelledby": "runs" }, h("table", {},
+  return h("section", {}, h("h3", { id: "runs" }, t("GPU runs")), h("div", { class: "scroll", tabindex: 0, role: "region", "aria-labelledby": "runs", "data-keep": "runs" }, h("table", {},
     h("thead", {}, h("tr", {}, ["#", t("Outcome"), t("Sent"), t("Waited"), t("Ran"), t("Cost")].map((word) => h("th", {}, word)))),
     h("tbody", {}, job.attempts.map((run) => h("tr", {},
       cell(run.attempt), cell(t(run.outcome)), cell(run.submitted_at && clock(run.submitted_at)), cell(time(run.queue_ms)), cell(time(run.execution_ms)), cell(run.cost == null ? null : money(run.cost))))))));
@@ -226,22 +259,22 @@ function timeline() {
     const detail = Object.entries(rest).filter(([, value]) => value != null && value !== "").map(([name, value]) => `${name}: ${typeof value === "object" ? JSON.stringify(value) : value}`);
     return h("li", {}, h("time", { datetime: at }, clock(at)), " ", h("strong", {}, event.replaceAll("_", " ")), detail.length > 0 && h("span", { class: "small", dir: "auto" }, ` ${detail.join(" · ")}`));
   };
-  return h("details", { "data-keep": "timeline" }, h("summary", {}, t("Timeline")), h("ol", { class: "timeline" }, job.timeline.map(line)));
+  return h("details", {}, h("summary", { "data-keep": "timeline" }, t("Timeline")), h("ol", { class: "timeline" }, job.timeline.map(line)));
 }
 
 function raw() {
-  const json = (value) => h("pre", { tabindex: 0 }, JSON.stringify(value, null, 2));
-  const place = h("div", {}, input && json(input));
+  const json = (name, value) => h("pre", { tabindex: 0, "data-keep": `${name} text` }, JSON.stringify(value, null, 2));
+  const place = h("div", {}, input && json("input", input));
   return [
-    h("details", { "data-keep": "input", ontoggle: (event) => event.target.open && !input && loadInput(place, json) }, h("summary", {}, t("Raw input")), place),
-    h("details", { "data-keep": "output" }, h("summary", {}, t("Raw output")), json(job)),
+    h("details", { ontoggle: (event) => event.target.open && !input && loadInput(place, json) }, h("summary", { "data-keep": "input" }, t("Raw input")), place),
+    h("details", {}, h("summary", { "data-keep": "output" }, t("Raw output")), json("output", job)),
   ];
 }
 
 async function loadInput(place, json) {
   try {
     const answer = await api.get(`api/jobs/${id}?include=input`);
-    if (answer.job.id === id) fill(place, json((input = answer.job.input)));
+    if (answer.job.id === id) fill(place, json("input", (input = answer.job.input)));
   } catch (error) {
     fill(place, h("p", { class: "wrong" }, error.message));
   }

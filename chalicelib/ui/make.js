@@ -1,42 +1,45 @@
 // The form that makes a job: a prompt, a model with its values, and the pictures that it wants.
 
 import * as api from "./api.js";
-import { button, byId, fill, h, say } from "./dom.js";
-import { bytes, now, t } from "./words.js";
+import { ask, button, fill, h, say } from "./dom.js";
+import { bytes, draft, now, t } from "./words.js";
 
 let models = null; // as the API has them
 let fallback = ""; // the model where none is said
-let pictures = []; // those chosen: { file, url, key, fraction, failed }
+let pictures = []; // those chosen: { file, element, uploaded, key, failed }
 let sent = null; // what was sent last without an answer, with its key: a repeat is the same request
 let busy = false;
 let made;
-let element = null;
+let element = null; // the form, though another view has taken its place on the page
+const part = (id) => element.querySelector(`#${id}`);
+const DRAFT = "ob.prompt";
 
 export const names = () => (models ?? []).map(({ model }) => model);
 
 export const usualSeconds = (name) => models?.find(({ model }) => model === name)?.usual_seconds;
 
 /** Learn what models there are, once; whether that was now. */
-export async function begin() {
+export async function begin(signal) {
   if (models) return false;
-  const answer = await api.get("api/models");
+  const answer = await api.get("api/models", signal);
   [models, fallback] = [answer.models, answer.default_model];
   if (!names().includes(fallback)) models = [{ model: fallback, slots: { properties: {}, required: [] } }, ...models];
-  if (byId("model")) offer();
+  if (element) offer();
   return true;
 }
 
-/** The form, the same each time, so that nothing written is lost; `tell` is called with each job that it makes. */
+/** The form, the same each time, so that nothing written is lost; `tell` has each job that it makes, and whether it is in view. */
 export function form(tell) {
   made = tell;
-  return (element ??= build());
+  if (!element) build();
+  return element;
 }
 
 function build() {
-  const drop = (event) => { event.preventDefault(); take(event.dataTransfer.files); };
-  const form = h("form", { id: "make", onsubmit: send, onpaste: (event) => event.clipboardData.files.length && take(event.clipboardData.files), ondragover: (event) => event.preventDefault(), ondrop: drop },
+  element = h("form", { id: "make", onsubmit: send },
     h("label", { for: "prompt" }, t("What would you like to see?")),
-    h("textarea", { id: "prompt", name: "prompt", rows: 2, maxlength: 10000, required: true, dir: "auto", onkeydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && form.requestSubmit() }),
+    h("textarea", { id: "prompt", name: "prompt", rows: 2, maxlength: 10000, required: true, dir: "auto", oninput: keepDraft, onkeydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && element.requestSubmit() },
+      draft.getItem(DRAFT) ?? ""),
     h("div", { class: "row" },
       h("select", { id: "model", name: "model", "aria-label": t("Model"), onchange: drawSlots }),
       h("p", { id: "about", class: "grow" }),
@@ -44,16 +47,21 @@ function build() {
     h("div", { id: "pictures", hidden: true }),
     h("details", { id: "values", hidden: true }, h("summary", {}, t("Values")), h("div", { id: "slots" })),
     h("p", { id: "refused", class: "wrong", role: "alert" }));
-  if (models) queueMicrotask(offer); // once it is on the page
-  return form;
+  if (models) offer();
+  // Anywhere on the page: a browser would leave it, and open the picture that was dropped beside the form.
+  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("drop", (event) => { event.preventDefault(); take(event.dataTransfer.files); });
+  document.addEventListener("paste", (event) => take(event.clipboardData.files));
 }
 
+const keepDraft = () => draft.setItem(DRAFT, part("prompt").value);
+
 function offer() {
-  fill(byId("model"), models.map(({ model }) => h("option", { value: model, selected: model === fallback }, model)));
+  fill(part("model"), models.map(({ model }) => h("option", { value: model, selected: model === fallback }, model)));
   drawSlots();
 }
 
-const chosen = () => models.find(({ model }) => model === byId("model").value);
+const chosen = () => models.find(({ model }) => model === part("model").value);
 const isPicture = (slot) => slot.contentMediaType === "image/*";
 
 function drawSlots() {
@@ -61,11 +69,11 @@ function drawSlots() {
   const entries = Object.entries(slots.properties).filter(([name]) => name !== "prompt");
   const wanted = entries.filter(([, slot]) => isPicture(slot));
   const values = entries.filter(([, slot]) => !isPicture(slot));
-  byId("about").textContent = about ?? "";
-  byId("prompt").required = slots.required.includes("prompt") || !("prompt" in slots.properties);
-  fill(byId("slots"), values.map(([name, slot]) => field(name, slot, slots.required.includes(name))));
-  byId("values").hidden = !values.length;
-  byId("values").open = values.some(([name]) => slots.required.includes(name));
+  part("about").textContent = about ?? "";
+  part("prompt").required = slots.required.includes("prompt") || !("prompt" in slots.properties);
+  fill(part("slots"), values.map(([name, slot]) => field(name, slot, slots.required.includes(name))));
+  part("values").hidden = !values.length;
+  part("values").open = values.some(([name]) => slots.required.includes(name));
   drawPictures(wanted);
 }
 
@@ -87,7 +95,7 @@ function valueOf(input) {
 }
 
 function drawPictures(wanted) {
-  const place = byId("pictures");
+  const place = part("pictures");
   place.hidden = !wanted.length;
   place.dataset.most = wanted.length;
   const [first] = wanted;
@@ -100,62 +108,81 @@ function drawPictures(wanted) {
 }
 
 function drawChosen() {
-  const list = byId("chosen");
+  const list = part("chosen");
   if (list) fill(list, pictures.map((picture) => picture.element));
 }
 
 function take(files) {
-  const most = Number(byId("pictures").dataset.most ?? 0);
+  if (!files.length || !element.isConnected || document.querySelector("dialog[open]")) return;
+  const most = Number(part("pictures").dataset.most ?? 0);
   if (!most) return say(t("This model takes no picture; choose another model first."), true);
   for (const file of [...files].slice(0, most)) add(file, most);
 }
 
 function add(file, most) {
-  const picture = { file, fraction: 0 };
-  const bar = h("progress", { max: 1, value: 0, "aria-label": t("Upload of {name}", { name: file.name }) });
-  const word = h("span", { class: "small" }, `${file.name}, ${bytes(file.size)}`);
+  const picture = { file };
   const url = URL.createObjectURL(file);
   const thumb = h("img", { src: url, alt: "", onload: () => URL.revokeObjectURL(url), onerror: () => thumb.remove() });
-  picture.element = h("li", {}, thumb, h("div", { class: "grow" }, word, bar),
+  picture.place = h("div", { class: "grow" });
+  picture.element = h("li", {}, thumb, picture.place,
     button("✕", () => { pictures = pictures.filter((other) => other !== picture); drawChosen(); }, { "aria-label": t("Take {name} out", { name: file.name }) }));
   pictures = [...pictures, picture].slice(-most);
   drawChosen();
+  upload(picture);
+}
+
+function upload(picture) {
+  const { file, place } = picture;
+  const bar = h("progress", { max: 1, value: 0, "aria-label": t("Upload of {name}", { name: file.name }) });
+  fill(place, h("span", { class: "small" }, `${file.name}, ${bytes(file.size)}`), bar);
+  picture.failed = null;
   picture.uploaded = api.upload(file, (fraction) => (bar.value = fraction)).then(
     (key) => { picture.key = key; bar.value = 1; },
-    (error) => { picture.failed = error; word.textContent = error.message; word.className = "wrong"; bar.remove(); });
+    (error) => { picture.failed = error; fill(place, h("span", { class: "wrong" }, `${file.name}: ${error.message}`)); });
 }
 
 async function send(event) {
   event.preventDefault();
   if (busy) return;
   busy = true;
-  byId("send").setAttribute("aria-disabled", "true");
-  byId("refused").textContent = "";
+  part("send").setAttribute("aria-disabled", "true");
+  part("refused").textContent = "";
+  const wanted = written(); // as it is now: the visitor may write on, or go to another view
   try {
-    await Promise.all(pictures.map((picture) => picture.uploaded));
-    const job = await create(body());
-    byId("prompt").value = "";
-    say(t("It is queued."));
-    made(job);
+    const job = await create({ ...wanted, image_key: await keys(pictures) });
+    if ((written().prompt ?? "") === (wanted.prompt ?? "")) write("");
+    say(made(job) ? t("It is queued.") : t("It is queued. The filter may hide it."));
   } catch (error) {
-    byId("refused").textContent = `${error.message} (${error.code ?? error.name})`;
+    refuse(`${error.message} (${error.code ?? error.name})`);
   } finally {
     busy = false;
-    byId("send")?.removeAttribute("aria-disabled");
+    part("send").removeAttribute("aria-disabled");
   }
 }
 
-function body() {
-  const inputs = [...byId("slots").querySelectorAll("[name]")].filter((input) => input.value !== "");
-  const slots = Object.fromEntries(inputs.map((input) => [input.name.slice(5), valueOf(input)]));
+function refuse(text) {
+  part("refused").textContent = text;
+  if (!element.isConnected) say(text, true);
+}
+
+/** The keys of the pictures, once all of them are there; an upload that has failed is tried once more. */
+async function keys(pictures) {
+  pictures.filter((picture) => picture.failed).forEach(upload);
+  await Promise.all(pictures.map((picture) => picture.uploaded));
   const unsent = pictures.find((picture) => picture.failed);
   if (unsent) throw unsent.failed;
-  return {
-    prompt: byId("prompt").value.trim() || undefined,
-    model: byId("model").value || undefined,
-    slots: inputs.length ? slots : undefined,
-    image_key: pictures.length ? pictures.map((picture) => picture.key) : undefined,
-  };
+  return pictures.length ? pictures.map((picture) => picture.key) : undefined;
+}
+
+function written() {
+  const inputs = [...part("slots").querySelectorAll("[name]")].filter((input) => input.value !== "");
+  const slots = Object.fromEntries(inputs.map((input) => [input.name.slice(5), valueOf(input)]));
+  return { prompt: part("prompt").value.trim() || undefined, model: part("model").value || undefined, slots: inputs.length ? slots : undefined };
+}
+
+function write(prompt) {
+  part("prompt").value = prompt;
+  keepDraft();
 }
 
 /** The job. What got no answer is sent again under the same key: it is made once, however often that is. */
@@ -176,9 +203,11 @@ async function create(wanted) {
 const newKey = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 
 /** Begin with what another job was made of. */
-export function again({ prompt, model }) {
-  byId("prompt").value = prompt;
-  if (names().includes(model)) byId("model").value = model;
+export async function again({ prompt, model }) {
+  const mine = part("prompt").value.trim();
+  if (mine && mine !== prompt && !(await ask(t("Replace what you have written?"), t("Replace")))) return;
+  write(prompt);
+  if (names().includes(model)) part("model").value = model;
   drawSlots();
-  byId("prompt").focus();
+  part("prompt").focus();
 }

@@ -51,10 +51,10 @@ export function files(job) {
   return [{ key: job.result_r2_key ?? job.result_url, url: job.result_url }];
 }
 
-/** What its picture is in width by height: known once it is there, square until then. */
+/** What its picture is in width by height: known once it is there, square until then. A far longer one has bars beside it. */
 export function ratio(job) {
   const { width, height } = job.outputs[0] ?? {};
-  return width && height ? width / height : 1;
+  return width && height ? Math.min(3, Math.max(0.5, width / height)) : 1;
 }
 
 // What to do, by the beginning of the error's code; the first that fits.

@@ -3,15 +3,17 @@
 export const LANGUAGES = { en: "English", th: "ไทย" };
 const LANGUAGE = "ob.language";
 
-/** What this browser keeps; where it keeps nothing, until the page is closed. */
-export const store = (() => {
+/** What is kept there; where the browser keeps nothing, until the page is closed. */
+function keeper(place) {
   try {
-    return localStorage;
+    return place();
   } catch {
     const kept = new Map();
     return { getItem: (name) => kept.get(name) ?? null, setItem: (name, value) => kept.set(name, value), removeItem: (name) => kept.delete(name) };
   }
-})();
+}
+export const store = keeper(() => localStorage);
+export const draft = keeper(() => sessionStorage);
 
 export let language = "en";
 let words = {};
@@ -39,7 +41,15 @@ export function told(kind, code, sentence, values = {}) {
   return Object.hasOwn(words, key) ? t(key, values) : sentence;
 }
 
-export const number = (value, options) => new Intl.NumberFormat(language, options).format(value);
+// To make a formatter takes longer than to use it a hundred times.
+const formatters = new Map();
+function formatter(kind, options) {
+  const name = kind.name + JSON.stringify(options);
+  if (!formatters.has(name)) formatters.set(name, new kind(language, options));
+  return formatters.get(name);
+}
+
+export const number = (value, options = {}) => formatter(Intl.NumberFormat, options).format(value);
 
 // A cost is a fraction of a cent, mostly; null is "not known".
 export const money = (usd) =>
@@ -49,9 +59,9 @@ export const bytes = (size) =>
   number(size < 1e6 ? size / 1e3 : size / 1e6, { maximumFractionDigits: size < 1e6 ? 0 : 1 }) + (size < 1e6 ? " kB" : " MB");
 
 export const moment = (iso) =>
-  new Intl.DateTimeFormat(language, { dateStyle: "medium", timeStyle: "medium" }).format(new Date(iso));
+  formatter(Intl.DateTimeFormat, { dateStyle: "medium", timeStyle: "medium" }).format(new Date(iso));
 
-export const clock = (iso) => new Intl.DateTimeFormat(language, { timeStyle: "medium" }).format(new Date(iso));
+export const clock = (iso) => formatter(Intl.DateTimeFormat, { timeStyle: "medium" }).format(new Date(iso));
 
 let skew = 0; // ms by which the service's clock is ahead of this one
 export const now = () => Date.now() + skew;
@@ -69,5 +79,5 @@ export function span(milliseconds) {
 export function ago(iso) {
   const seconds = (new Date(iso) - now()) / 1000;
   const [unit, size] = [["day", 86400], ["hour", 3600], ["minute", 60]].find(([, size]) => -seconds >= size) ?? ["second", 1];
-  return new Intl.RelativeTimeFormat(language, { numeric: "auto" }).format(Math.min(0, Math.ceil(seconds / size)), unit);
+  return formatter(Intl.RelativeTimeFormat, { numeric: "auto" }).format(Math.min(0, Math.ceil(seconds / size)), unit);
 }
