@@ -244,7 +244,8 @@ def test_what_fails_is_tried_again_by_the_schedule_and_given_up_after_a_day(clie
 
     waits = [(from_text(after) - from_text(before)).total_seconds() for before, after in pairwise(times)]
     assert len(times) == 1 + len(DELAYS)
-    assert all(wait <= waited < wait + 61 for wait, waited in zip(DELAYS, waits, strict=True))
+    # At the latest in the next minute, of which the rounds beside it may have moved the one clock to the end.
+    assert all(wait <= waited < wait + 120 for wait, waited in zip(DELAYS, waits, strict=True))
     assert 24 * 3600 < (bench.clock.now() - begun).total_seconds() < 29 * 3600
     assert deliveries(client, job_id)[0]["status"] == "failed"
     assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
