@@ -7,14 +7,13 @@ way there and back takes. With --pictures the views are also saved as PNG, each 
 """
 
 import argparse
-import contextlib
 import gzip
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,7 @@ RUNS = 7
 COMPRESSED_FROM = 1000  # bytes, as .chalice/config.json has it
 
 
-@contextlib.contextmanager
-def gateway(url: str, way: float) -> Iterator[str]:
+def gateway(url: str, way: float) -> AbstractContextManager[str]:
     """A relay before the API that answers as late and as small as API Gateway does from afar; yields its URL."""
 
     class Relay(BaseHTTPRequestHandler):
@@ -54,15 +52,7 @@ def gateway(url: str, way: float) -> Iterator[str]:
         def log_message(self, *args: Any) -> None:
             """Say nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Relay)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return tests.serving(Relay)
 
 
 def first_picture(browser: Browser, url: str, key: str, *, again: bool) -> tuple[int, int, float]:
