@@ -2,13 +2,14 @@
 
 import base64
 import contextlib
+import functools
 import io
 import json
 import re
 import threading
 import time
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 
@@ -839,3 +840,40 @@ def test_it_works_under_the_stage_with_and_without_a_slash(visit, stack, path):
         page.locator(".card a").first.click()
         page.locator("#job dl").wait_for()
         assert page.url.startswith(f"{url}{path}?job=")
+
+
+class Shelf(SimpleHTTPRequestHandler):
+    """A host that has the page's files and knows nothing of the service."""
+
+    def log_message(self, *args):
+        pass
+
+
+def test_any_static_host_can_have_it(visit, stack):
+    text = word()
+    with serving(functools.partial(Shelf, directory=served.FOLDER)) as host:
+        page = visit(url=host, key="", expected=[NO_ANSWER])
+        page.fill("#address", stack.url)
+        page.fill("#key", "wrong")
+        page.keyboard.press("Enter")
+        page.locator("#key-wrong", has_text="unauthorized").wait_for()
+        assert page.input_value("#address") == f"{stack.url}/"
+        page.fill("#key", stack.key)
+        page.keyboard.press("Enter")
+
+        page.select_option("#model", "qwen-image-edit")
+        page.set_input_files("#choose", picture())
+        page.fill("#prompt", text)
+        page.click("#send")
+        assert shown(card(page, text).locator("img")) > 0
+        page.reload()  # and is not asked again
+        card(page, text).locator("a").click()
+        assert shown(page.locator("#job .large img")) > 0
+        with page.expect_download() as download:
+            page.click("#job button:has-text('Download')")
+        assert download.value.suggested_filename.startswith(text)
+        page.click("#job button:has-text('Delete')")
+        page.click(".ask button.bad")
+        card(page, text).wait_for(state="detached")
+        page.wait_for_url(f"{host}/")
+    assert listed(stack, text) == []
