@@ -20,7 +20,7 @@ app = Chalice(app_name="ob-ai-studio", configure_logs=False)
 app.api.cors = CORSConfig(
     allow_origin="*",
     allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "Prefer"],
-    expose_headers=["ETag", "Idempotent-Replayed", "Preference-Applied", "Retry-After", "X-Request-Id"],
+    expose_headers=["Date", "ETag", "Idempotent-Replayed", "Preference-Applied", "Retry-After", "X-Request-Id"],
     max_age=600,
 )
 

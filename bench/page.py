@@ -7,6 +7,7 @@ way there and back takes. With --pictures the views are also saved as PNG, each 
 """
 
 import argparse
+import contextlib
 import gzip
 import statistics
 import tempfile
@@ -46,8 +47,9 @@ def gateway(url: str, way: float) -> AbstractContextManager[str]:
             self.send_response_only(answer.status_code)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # the visit is over: its picture is there
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, *args: Any) -> None:
             """Say nothing."""

@@ -5,15 +5,18 @@ import { setClock, store, t, told } from "./words.js";
 const KEY = "ob.key";
 const ADDRESS = "ob.api";
 const MOST_SECONDS = 35;
+const NO_ANSWER = "no_answer";
 const kept = new Map(); // path → the last answer with its ETag
 
-export const fixed = document.body.dataset.api; // the service's own word, or that of whoever put the page elsewhere
+const asFolder = (url) => url.replace(/\/*$/, "/");
+// The service's own word, or that of whoever put the page elsewhere.
+export const fixed = document.body.dataset.api && asFolder(document.body.dataset.api);
 export const address = () => fixed || store.getItem(ADDRESS) || "";
 export const key = () => store.getItem(KEY);
 
 export function remember(newKey, newAddress) {
   kept.clear();
-  if (newAddress) store.setItem(ADDRESS, newAddress.replace(/\/*$/, "/"));
+  if (newAddress) store.setItem(ADDRESS, asFolder(newAddress));
   store.setItem(KEY, newKey.trim());
 }
 
@@ -28,9 +31,9 @@ export class ApiError extends Error {
     super(told("error", code, sentence));
     Object.assign(this, { status, code, after });
   }
-  /** Whether it may help to send the same again. */
+  /** Whether it may help to send the same again: nothing, or not the service itself, has answered, or it cannot just now. */
   get passing() {
-    return this.status === 0 || this.status === 429 || this.status >= 500;
+    return this.status === 0 || this.code === NO_ANSWER || this.status === 429 || this.status >= 500;
   }
 }
 
@@ -70,7 +73,7 @@ async function read(response) {
   if (response.ok && answer?.ok) return answer;
   const after = Number(response.headers.get("Retry-After")) || undefined;
   throw new ApiError(
-    response.status, answer?.code ?? "no_answer",
+    response.status, answer?.code ?? NO_ANSWER,
     answer?.error ?? t("What answered there is not the service (HTTP {status}).", { status: response.status }), after);
 }
 

@@ -57,7 +57,7 @@ async function showPlace() {
   const place = JSON.stringify([name, name ? "" : filter]);
   if (place !== drawn) await drawView(name, place);
   if (job) open ??= await import("./job.js");
-  if (open) open.show(here().job, { gallery, changed });
+  if (open) open.show(here().job, view, changed);
 }
 
 async function drawView(name, place) {
@@ -94,8 +94,8 @@ function made(job) {
 
 /** Something was done: the job as it is now, null where it is gone, nothing where that is not known. */
 function changed(id, job) {
-  if (view === gallery && job) gallery.put(job);
-  if (view === gallery && job === null) gallery.remove(id);
+  if (job) view.renew?.(job);
+  if (job === null) view.remove?.(id);
   deadAt = -Infinity;
   look();
 }
@@ -149,9 +149,12 @@ function refresh(signal) {
 
 function tellDown(error) {
   raise();
+  const held = byId("down").contains(document.activeElement);
   const wait = span(1000 * Math.min(MOST_BACKOFF, failed));
-  fill(byId("down"), `${error.message} (${error.code}) `, error.passing && t("Trying again in {span}.", { span: wait }), " ", button(t("Try now"), look));
+  const now = button(t("Try now"), look);
+  fill(byId("down"), `${error.message} (${error.code}) `, error.passing && t("Trying again in {span}.", { span: wait }), " ", now);
   byId("down").hidden = false;
+  if (held) now.focus();
 }
 
 function tellUp() {
@@ -182,7 +185,7 @@ function askForKey(error) {
       h("input", { type: "text", autocomplete: "username", value: "OB AI Studio", hidden: true }), // what a password manager keeps it under
       place,
       h("label", {}, t("API key"), field),
-      h("p", { id: "key-wrong", class: "wrong", role: "alert" }, error && `${t("The service does not take this key.")} (${error.code})`),
+      h("p", { id: "key-wrong", class: "wrong", role: "alert" }, error && `${error.code === "unauthorized" ? t("The service does not take this key.") : error.message} (${error.code})`),
       h("div", { class: "row end" }, h("button", { class: "main" }, t("Open the gallery")))));
   document.body.append(box);
   box.showModal();

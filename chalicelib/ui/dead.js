@@ -3,6 +3,7 @@
 import * as api from "./api.js";
 import { ask, button, byId, fill, h, say } from "./dom.js";
 import { link } from "./place.js";
+import { dead } from "./show.js";
 import { moment, t } from "./words.js";
 
 const PAGE = 100;
@@ -20,7 +21,7 @@ export function draw(place, changed) {
     h("p", {}, t("These pictures are drawn and paid for, and could not be stored. Redrive stores them from where they are left, without a new run.")),
     h("div", { class: "row" }, button(t("Redrive all"), redriveAll, { id: "redrive-all", class: "main", hidden: true })),
     h("ul", { id: "letters", "aria-busy": "true" }),
-    button(t("Show older ones"), () => load(next), { id: "more-letters", hidden: true }));
+    button(t("Show older ones"), () => load(next).catch(refused), { id: "more-letters", hidden: true }));
 }
 
 /** Ask how it stands, unless the visitor reads on further down. */
@@ -31,10 +32,37 @@ async function load(cursor, signal) {
   const list = byId("letters");
   if (!list) return;
   const found = cursor ? [...rows, ...answer.dead_letters] : answer.dead_letters;
-  const same = JSON.stringify(found) === JSON.stringify(rows);
-  [rows, next] = [found, answer.next_cursor];
+  next = answer.next_cursor;
   list.removeAttribute("aria-busy");
-  if (!same || !rows.length) redraw(list);
+  take(found);
+}
+
+const refused = (error) => say(`${error.message} (${error.code})`, true);
+
+const placeOf = (id) => rows.findIndex((row) => row.id === id);
+
+/** Whether there is a newer one than this, and an older one. */
+export const around = (id) => [placeOf(id) > 0, placeOf(id) >= 0 && placeOf(id) + 1 < rows.length];
+
+/** The id of the one that is one newer (-1) or older (1). */
+export const beside = (id, step) => around(id)[step < 0 ? 0 : 1] && rows[placeOf(id) + step].id;
+
+/** Let the keyboard go on from this one, or from the top where it is no more. */
+export function focus(id) {
+  const link = byId("letters").children[placeOf(id)]?.querySelector("a");
+  if (link) link.focus();
+  else if (document.activeElement === document.body) byId("main").focus();
+}
+
+/** What became of a job. */
+export const renew = (job) => dead(job) || remove(job.id);
+
+export const remove = (id) => take(rows.filter((row) => row.id !== id));
+
+function take(found) {
+  const same = JSON.stringify(found) === JSON.stringify(rows);
+  rows = found;
+  if (!same || !rows.length) redraw(byId("letters"));
   byId("redrive-all").hidden = !rows.length;
   byId("more-letters").hidden = !next;
 }
@@ -63,7 +91,7 @@ async function redrive(row) {
     say(t("It is being stored."));
     tell(row.id, job);
   } catch (error) {
-    say(`${error.message} (${error.code})`, true);
+    refused(error);
     tell(row.id);
   }
 }
@@ -80,7 +108,8 @@ async function redriveAll() {
     } while (cursor);
     say(t("{redriven} are being stored, of {lost} nothing is left, of {unknown} RunPod says nothing just now.", came), came.lost + came.unknown > 0);
   } catch (error) {
-    say(`${error.message} (${error.code})`, true);
+    refused(error);
   }
+  rows = []; // which is asked for anew, from its beginning
   tell(null);
 }

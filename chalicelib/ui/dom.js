@@ -35,12 +35,19 @@ const nearby = new IntersectionObserver((entries) => entries.filter((entry) => e
   target.src = target.dataset.src;
 }), { rootMargin: "400px" });
 
+const WAITS = [5, 30, 180]; // seconds before a file that did not come is asked for again
+
 /** A picture, video or sound, or a word that it cannot be shown. */
-export function media(file, { alt = "", controls = false, eager = false } = {}) {
+export function media(file, options = {}, tries = 0) {
+  const { alt = "", controls = false, eager = false } = options;
   const [kind] = (file.content_type ?? "image/").split("/");
   const src = safe(file.url);
   if (!src) return h("span", { class: "glyph" }, "✕");
-  const failed = (event) => event.target.replaceWith(unshown(src, controls));
+  const failed = (event) => {
+    const note = unshown(src, controls);
+    event.target.replaceWith(note);
+    if (tries < WAITS.length) setTimeout(() => note.isConnected && note.replaceWith(media(file, options, tries + 1)), WAITS[tries] * 1000);
+  };
   if (kind === "video") {
     const video = h("video", { src: controls && src, "data-src": `${src}#t=0.1`, controls, muted: !controls, loop: controls, playsinline: true, preload: "metadata", "aria-label": alt, onerror: failed });
     if (!controls) nearby.observe(video);
@@ -73,13 +80,13 @@ export function say(text, bad = false) {
 }
 
 /** Whether the visitor wants it. The answer is false on Esc. */
-export function ask(question, verb, { bad = false } = {}) {
+export function ask(question, verb, look = "main") {
   return new Promise((resolve) => {
     const box = h("dialog", { class: "ask", "aria-labelledby": "asked", onclose: () => { raise(); box.remove(); resolve(box.returnValue === "yes"); } },
       h("p", { id: "asked" }, question),
       h("form", { method: "dialog", class: "row end" },
         h("button", { value: "" }, t("Back")),
-        h("button", { value: "yes", class: bad ? "bad" : "main" }, verb)));
+        h("button", { value: "yes", class: look }, verb)));
     document.body.append(box);
     box.showModal();
   });

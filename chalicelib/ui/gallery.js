@@ -1,17 +1,19 @@
 // The gallery: one list request at a time keeps every card in view true.
 
 import * as api from "./api.js";
-import { byId, fill, h, media, safe, say } from "./dom.js";
+import { byId, fill, h, media, say } from "./dom.js";
 import { address, FILTERS, go, here, link, stays } from "./place.js";
 import { badge, bar, files, live, ratio, reason, stage, STATUSES, when } from "./show.js";
-import { number, t } from "./words.js";
+import { now, number, t, time } from "./words.js";
 
 const PAGE = 48; // jobs
 const MOST = 100; // that one request may ask for
 const FRESH = 5000; // ms for which a job that was just made here stays though the list does not have it yet
+const SEARCHED = 5000; // jobs in which the API looks for a text
 
-let cards = []; // { job, element, fresh }, newest first
-let cursor = null; // of the next page
+let cards = []; // { job, element, fresh, listed, until }, newest first
+let cursor = null; // of the next page; all that is newer is here
+let watched = new Set(); // the jobs that the last look told of
 let counts = null;
 let limit = 0; // of the counts
 let begun = false;
@@ -19,7 +21,7 @@ let loading = false;
 let turn = 0; // counts the lists that were begun; an answer to an earlier one is too late
 
 export const hasBegun = () => begun;
-export const busy = () => cards.some((card) => live(card.job));
+export const busy = () => cards.some(({ job, fresh }) => live(job) && (watched.has(job.id) || fresh > performance.now()));
 export const failures = () => counts?.error;
 
 const placeOf = (id) => cards.findIndex((card) => card.job.id === id);
@@ -111,6 +113,7 @@ export async function refresh(signal) {
     ? { created_before: justAfter(from), limit: MOST }
     : { include: "counts", limit: cards.length > PAGE ? MOST : PAGE }), signal);
   if (!current(mine)) return;
+  watched = new Set(answer.jobs.map((job) => job.id));
   if (!begun || !answer.same) take(answer, from);
   tick();
 }
@@ -121,25 +124,26 @@ const current = (mine) => mine === turn && byId("cards");
 function anchor() {
   const first = Math.max(0, cards.findIndex(({ element }) => element.getBoundingClientRect().bottom > 0));
   const from = first < PAGE ? null : cards[first - (first % PAGE)].job.created_at;
-  return Date.parse(from) ? from : null;
+  return time(from) ? from : null;
 }
 
 // The parameter leaves out its own instant.
-const justAfter = (iso) => new Date(Date.parse(iso) + 1).toISOString();
+const justAfter = (iso) => new Date(time(iso) + 1).toISOString();
 
-/** What the answer spans is as it says: what it does not have of that is gone. */
+/**
+ * What the answer spans is as it says: what it does not have of that is gone. Where the newest jobs have none in common
+ * with those that are here, more came meanwhile than one answer has: the list begins anew, or a part would be missing.
+ */
 function take(answer, from) {
-  const there = new Set(answer.jobs.map((job) => job.id));
+  const joined = from || cards.some((card) => card.listed && watched.has(card.job.id));
   const last = answer.next_cursor && answer.jobs.at(-1);
-  const spanned = ({ job }) => (!from || job.created_at <= from) && (!last || isNewer(job, last));
-  const gone = cards.filter((card) => spanned(card) && !there.has(card.job.id) && !(card.fresh > performance.now()));
+  const spanned = ({ job }) => !joined || ((!from || job.created_at <= from) && (!last || isNewer(job, last)));
+  const gone = cards.filter((card) => spanned(card) && !watched.has(card.job.id) && !(card.fresh > performance.now()));
   gone.forEach(({ element }) => element.remove());
   cards = cards.filter((card) => !gone.includes(card));
-  if (!begun) {
-    fill(byId("cards"));
-    cursor = answer.next_cursor;
-    begun = true;
-  }
+  if (!begun) fill(byId("cards"));
+  begun = true;
+  if (!joined) [cursor, loading, turn] = [answer.next_cursor, false, turn + 1];
   answer.jobs.forEach((job) => put(job));
   if (answer.counts) {
     [counts, limit] = [answer.counts, answer.counts_limit];
@@ -181,7 +185,7 @@ function finish() {
 function nothing() {
   const filtered = FILTERS.some((name) => here()[name]);
   return h("p", { id: "empty" }, filtered
-    ? [t("No job fits."), " ", h("a", link({ status: "", model: "", q: "" }), t("Show all"))]
+    ? [t("No job fits."), here().q && ` ${t("Text is looked for in the newest {n} jobs.", { n: number(SEARCHED) })}`, " ", h("a", link({ status: "", model: "", q: "" }), t("Show all"))]
     : t("No job yet. Write above what you would like to see, and press Make: the picture appears here by itself."));
 }
 
@@ -195,21 +199,28 @@ export function add(job) {
   return true;
 }
 
-/** Show a job as it is now. */
-export function put(job, fresh = 0) {
-  if (!begun) return;
-  const known = cards[placeOf(job.id)];
-  if (known) return update(known, job);
-  const card = { element: h("li", { class: "card" }, h("a", link({ job: job.id }))), fresh };
-  const at = cards.findIndex((other) => isNewer(job, other.job));
+/** Show a job as it is now, if it is here. */
+export function renew(job) {
+  const card = cards[placeOf(job.id)];
+  if (card) put(job, card.fresh);
+}
+
+/** A job of a list, or one that is `fresh` until then. */
+function put(job, fresh = 0) {
+  const card = cards[placeOf(job.id)] ?? { element: h("li", { class: "card" }, h("a", link({ job: job.id }))), fresh };
+  const before = card.job;
+  card.listed ||= !fresh;
   update(card, job);
-  if (at < 0) {
-    cards.push(card);
-    byId("cards").append(card.element);
-  } else {
-    cards[at].element.before(card.element);
-    cards.splice(at, 0, card);
-  }
+  if (before?.created_at !== job.created_at) place(card); // one that was made here had this clock's time
+}
+
+function place(card) {
+  cards = cards.filter((other) => other !== card);
+  const at = cards.findIndex((other) => isNewer(card.job, other.job));
+  const next = cards[at]?.element ?? null;
+  // One that stands there already stays: it may have the focus.
+  if (!card.element.parentNode || card.element.nextSibling !== next) byId("cards").insertBefore(card.element, next);
+  cards.splice(at < 0 ? cards.length : at, 0, card);
 }
 
 export function remove(id) {
@@ -233,18 +244,22 @@ function update(card, job) {
     h("p", { class: "prompt", dir: "auto" }, job.prompt || job.id));
 }
 
-/** The picture itself stays where it is the same: it would flicker, though a private bucket's links change. */
+/**
+ * The picture itself stays where it is the same: it would flicker, or begin anew, though a private bucket's links change.
+ * One that has not come before its link ended has another link.
+ */
 function frameOf(card, job, before) {
   const [file] = files(job);
-  if (file && before && file.key === files(before)[0]?.key && before.status === job.status) {
-    const image = card.element.querySelector(".frame > img");
-    if (image && !image.complete) image.src = safe(file.url);
-    return card.element.querySelector(".frame");
-  }
+  const frame = card.element.querySelector(".frame");
+  const same = file && before && file.key === files(before)[0]?.key && before.status === job.status;
+  if (same && (isShown(frame) || !(time(card.until) < now()))) return frame;
+  card.until = job.urls_expire_at;
   if (file && job.status === "done") return h("div", { class: "frame" }, media(file), job.outputs.length > 1 && h("span", { class: "many" }, `1/${job.outputs.length}`));
   if (!live(job)) return h("div", { class: `frame ended ${job.status}` }, h("p", { class: "reason", dir: "auto" }, job.error ?? ""));
   return h("div", { class: "frame live" }, h("p", { class: "stage" }, stage(job)), bar(job), h("p", { class: "reason" }, reason(job)));
 }
+
+const isShown = (frame) => frame.querySelector("img")?.naturalWidth > 0 || frame.querySelector("video")?.readyState > 0;
 
 /** What passes by itself: how long each has taken. */
 export function tick() {

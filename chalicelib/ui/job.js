@@ -4,27 +4,28 @@ import * as api from "./api.js";
 import { ask, button, copy, fill, h, media, safe, say } from "./dom.js";
 import { again, usualSeconds } from "./make.js";
 import { go } from "./place.js";
-import { advice, badge, bar, dead, files, live, reason, stage, when } from "./show.js";
-import { bytes, clock, moment, money, span, t } from "./words.js";
+import { advice, badge, bar, begun, dead, files, live, reason, stage, when } from "./show.js";
+import { bytes, clock, moment, money, span, t, time } from "./words.js";
 
 const content = h("div", { tabindex: -1 });
 let box = null; // the dialog around it
 let id = null;
 let job = null;
 let chosen = 0; // of its files
-let gallery = null; // that the arrows go by
+let refusal = ""; // why the job is not to be had
+let behind = null; // the view behind it, whose order the arrows go by
 let tell = () => {};
 let input = null; // what RunPod is given, once it was asked for
 
 export const isOpen = () => Boolean(box?.open);
-export const busy = () => !job || live(job) || Boolean(job.deleted_at);
+export const busy = () => !refusal && (!job || live(job) || Boolean(job.deleted_at));
 
 /** Show the job, or nothing. */
-export function show(wanted, { gallery: behind, changed }) {
-  [gallery, tell] = [behind, changed];
+export function show(wanted, view, changed) {
+  [behind, tell] = [view, changed];
   if (!wanted) return box?.close();
   if (wanted === id && isOpen()) return;
-  [id, job, chosen, input] = [wanted, null, 0, null];
+  [id, job, chosen, input, refusal] = [wanted, null, 0, null, ""];
   box ??= build();
   fill(content, head(), h("p", { class: "small" }, t("Loading…")));
   if (!box.open) box.showModal();
@@ -40,7 +41,7 @@ function build() {
 
 function closed() {
   if (box.open) return; // it was opened again at once
-  gallery.focus(id); // the last one, not the one that was opened first
+  behind.focus?.(id); // the last one, not the one that was opened first
   id = job = null;
   leave();
 }
@@ -49,13 +50,13 @@ const leave = () => go({ job: "" });
 
 function keys(event) {
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  const meant = event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || event.target.matches("input, video, audio, pre, .scroll");
+  const meant = event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || event.target.matches("input, video, audio, pre, .scroll, .zoomed");
   if (step && !meant) turn(step);
 }
 
 async function turn(step) {
   const asked = id;
-  const next = await gallery.beside(asked, step);
+  const next = await behind.beside?.(asked, step);
   if (next && asked === id && isOpen()) go({ job: next }, { replace: true });
 }
 
@@ -65,16 +66,19 @@ export async function refresh(signal) {
   try {
     const answer = await api.get(`api/jobs/${encodeURIComponent(asked)}`, signal);
     if (asked !== id || (job && answer.same)) return;
-    job = answer.job;
+    [job, refusal] = [answer.job, ""];
     draw();
   } catch (error) {
     if (![400, 404, 410].includes(error.status)) throw error;
-    if (asked === id) refused(error);
+    if (asked === id) refused(`${error.message} (${error.code})`);
   }
 }
 
-function refused(error) {
-  fill(content, head(), h("p", { class: "wrong" }, `${error.message} (${error.code})`));
+/** Told once, or the keyboard would be called back at each look. */
+function refused(why) {
+  if (why === refusal) return;
+  [job, refusal] = [null, why];
+  fill(content, head(), h("p", { class: "wrong" }, why));
   content.focus();
 }
 
@@ -86,7 +90,7 @@ export function tick() {
 }
 
 function head() {
-  const [newer, older] = gallery.around(id);
+  const [newer, older] = behind.around?.(id) ?? [false, false];
   const arrow = (sign, step, word, there) => button(sign, () => turn(step), { "aria-label": word, title: word, "aria-disabled": there ? null : "true", "data-keep": sign });
   return h("header", { class: "row" },
     h("h2", { id: "job-title" }, job ? badge(job) : t("Job"), " ", h("small", {}, id.slice(0, 8))),
@@ -202,24 +206,24 @@ function words() {
 }
 
 function actions() {
-  const verb = (word, options) => button(word, () => act(options), { class: options.bad ? "bad" : null, "data-keep": options.name });
+  const verb = (word, options) => button(word, () => act(options), { class: options.look, "data-keep": options.name });
   const ended = !live(job);
   return h("div", { class: "row actions" },
     !ended && job.step !== "store" && !job.cancel_at && verb(t("Cancel"), { name: "cancel", question: t("Cancel this job? What a worker has done so far is paid all the same."), word: t("Cancel the job"), done: t("It is cancelled, or will be in a moment.") }),
-    dead(job) && verb(t("Redrive"), { name: "redrive", question: t("Store the result again? That costs no new run."), word: t("Redrive"), done: t("It is being stored.") }),
+    dead(job) && verb(t("Redrive"), { name: "redrive", look: "main", question: t("Store the result again? That costs no new run."), word: t("Redrive"), done: t("It is being stored.") }),
     ["error", "cancelled"].includes(job.status) && !job.deleted_at && verb(t("Retry"), { name: "retry", question: dead(job) ? t("Draw it again? That is a new paid run, and this picture is paid for: redrive it first.") : t("Draw it again? That is a new paid run."), word: t("Retry"), done: t("It is queued.") }),
-    ended && verb(t("Delete"), { name: "delete", bad: true, question: t("Delete this job and its pictures for good?"), word: t("Delete for good"), done: t("It is deleted.") }));
+    ended && verb(t("Delete"), { name: "delete", look: "bad", question: t("Delete this job and its pictures for good?"), word: t("Delete for good"), done: t("It is deleted.") }));
 }
 
-async function act({ name, question, word, done, bad }) {
+async function act({ name, question, word, done, look }) {
   const target = id;
-  const wanted = await ask(question, word, { bad });
+  const wanted = await ask(question, word, look);
   if (isOpen()) hold(name); // it may have been drawn anew meanwhile
   if (!wanted) return;
   try {
     const answer = name === "delete" ? await api.act("DELETE", `api/jobs/${target}`) : await api.act("POST", `api/jobs/${target}/${name}`, {});
     say(done);
-    if (name === "delete") leave();
+    if (name === "delete" && target === id) leave();
     tell(target, answer.job ?? null);
   } catch (error) {
     say(`${error.message} (${error.code})`, true);
@@ -234,7 +238,7 @@ function facts() {
   const wasted = job.cost.wasted_usd ? t(", of it {usd} for nothing", { usd: money(job.cost.wasted_usd) }) : "";
   return h("section", {}, h("h3", {}, t("Facts")), h("dl", {},
     row(t("Made"), moment(job.created_at)),
-    job.finished_at && row(t("Took"), span(new Date(job.finished_at) - new Date(job.created_at))),
+    job.finished_at && row(t("Took"), span(time(job.finished_at) - time(begun(job)))),
     row(t("Model"), job.model),
     job.urls_expire_at && row(t("Links"), t("They hold until {time}.", { time: clock(job.urls_expire_at) })),
     file && row(t("File"), [file.content_type, file.width && `${file.width} × ${file.height}`, file.bytes && bytes(file.bytes)].filter(Boolean).join(", ")),

@@ -6,13 +6,15 @@ import { bytes, draft, now, t } from "./words.js";
 
 let models = null; // as the API has them
 let fallback = ""; // the model where none is said
+let strict = false; // whether the API refuses a model that it does not list
 let pictures = []; // those chosen: { file, element, uploaded, key, failed }
-let sent = null; // what was sent last without an answer, with its key: a repeat is the same request
+const typed = new Map(); // what was written for each value of each model
 let busy = false;
 let made;
 let element = null; // the form, though another view has taken its place on the page
 const part = (id) => element.querySelector(`#${id}`);
 const DRAFT = "ob.prompt";
+const UNANSWERED = "ob.unanswered"; // what was sent without an answer, each with its key: a repeat is the same request
 
 export const names = () => (models ?? []).map(({ model }) => model);
 
@@ -22,10 +24,16 @@ export const usualSeconds = (name) => models?.find(({ model }) => model === name
 export async function begin(signal) {
   if (models) return false;
   const answer = await api.get("api/models", signal);
-  [models, fallback] = [answer.models, answer.default_model];
-  if (!names().includes(fallback)) models = [{ model: fallback, slots: { properties: {}, required: [] } }, ...models];
+  [models, fallback, strict] = [answer.models, answer.default_model, answer.unknown_models === "refuse"];
+  if (strict && models.length && !names().includes(fallback)) fallback = names()[0];
+  admit(fallback);
   if (element) offer();
   return true;
+}
+
+/** A model that the API takes though it does not list it. */
+function admit(name) {
+  if (!names().includes(name)) models = [{ model: name, slots: { properties: {}, required: [] } }, ...models];
 }
 
 /** The form, the same each time, so that nothing written is lost; `tell` has each job that it makes, and whether it is in view. */
@@ -48,16 +56,20 @@ function build() {
     h("details", { id: "values", hidden: true }, h("summary", {}, t("Values")), h("div", { id: "slots" })),
     h("p", { id: "refused", class: "wrong", role: "alert" }));
   if (models) offer();
+  // A browser cannot lead to what is wrong in there while it is closed, and would say nothing.
+  part("slots").addEventListener("invalid", () => (part("values").open = true), true);
   // Anywhere on the page: a browser would leave it, and open the picture that was dropped beside the form.
-  document.addEventListener("dragover", (event) => event.preventDefault());
-  document.addEventListener("drop", (event) => { event.preventDefault(); take(event.dataTransfer.files); });
+  document.addEventListener("dragover", (event) => hasFiles(event) && event.preventDefault());
+  document.addEventListener("drop", (event) => { if (hasFiles(event)) event.preventDefault(); take(event.dataTransfer.files); });
   document.addEventListener("paste", (event) => take(event.clipboardData.files));
 }
 
+const hasFiles = (event) => event.dataTransfer.types.includes("Files");
+
 const keepDraft = () => draft.setItem(DRAFT, part("prompt").value);
 
-function offer() {
-  fill(part("model"), models.map(({ model }) => h("option", { value: model, selected: model === fallback }, model)));
+function offer(wanted = fallback) {
+  fill(part("model"), models.map(({ model }) => h("option", { value: model, selected: model === wanted }, model)));
   drawSlots();
 }
 
@@ -79,13 +91,15 @@ function drawSlots() {
 
 /** An input for one value; what is left empty is the model's own default. */
 function field(name, slot, required) {
-  const common = { name: `slot.${name}`, "data-type": slot.type, required };
+  const place = `${chosen().model} ${name}`;
+  const common = { name: `slot.${name}`, "data-type": slot.type, required, oninput: (event) => typed.set(place, event.target.value) };
   const empty = slot.random ? t("random") : String(slot.default ?? "");
   const type = slot.type === "integer" || slot.type === "number" ? "number" : "text";
   const options = slot.enum ?? (slot.type === "boolean" ? [true, false] : null);
   const input = options
     ? h("select", common, h("option", { value: "" }, empty && t("{value} (default)", { value: empty })), options.map((value) => h("option", { value: JSON.stringify(value) }, String(value))))
     : h("input", { ...common, type, min: slot.minimum, max: slot.maximum, step: slot.type === "number" ? "any" : slot.multipleOf, minlength: slot.minLength, maxlength: slot.maxLength, placeholder: empty, dir: "auto" });
+  input.value = typed.get(place) ?? "";
   return h("label", {}, slot.title ?? name, input);
 }
 
@@ -103,30 +117,33 @@ function drawPictures(wanted) {
   fill(place, first && [
     h("label", { class: "drop", for: "choose" }, choose, h("strong", {}, first[1].title ?? t("Picture")), " ", t("Drag one here, paste it, or choose one.")),
     h("ul", { id: "chosen" })]);
-  if (!wanted.length) pictures = [];
   drawChosen();
 }
 
+const most = () => Number(part("pictures").dataset.most ?? 0);
+
+/** Those that go with the model; another one may want those that stay behind. */
+const used = () => (most() ? pictures.slice(-most()) : []);
+
 function drawChosen() {
   const list = part("chosen");
-  if (list) fill(list, pictures.map((picture) => picture.element));
+  if (list) fill(list, used().map((picture) => picture.element));
 }
 
 function take(files) {
   if (!files.length || !element.isConnected || document.querySelector("dialog[open]")) return;
-  const most = Number(part("pictures").dataset.most ?? 0);
-  if (!most) return say(t("This model takes no picture; choose another model first."), true);
-  for (const file of [...files].slice(0, most)) add(file, most);
+  if (!most()) return say(t("This model takes no picture; choose another model first."), true);
+  for (const file of [...files].slice(0, most())) add(file);
 }
 
-function add(file, most) {
+function add(file) {
   const picture = { file };
   const url = URL.createObjectURL(file);
   const thumb = h("img", { src: url, alt: "", onload: () => URL.revokeObjectURL(url), onerror: () => thumb.remove() });
   picture.place = h("div", { class: "grow" });
   picture.element = h("li", {}, thumb, picture.place,
     button("✕", () => { pictures = pictures.filter((other) => other !== picture); drawChosen(); }, { "aria-label": t("Take {name} out", { name: file.name }) }));
-  pictures = [...pictures, picture].slice(-most);
+  pictures = [...used(), picture].slice(-most());
   drawChosen();
   upload(picture);
 }
@@ -147,9 +164,9 @@ async function send(event) {
   busy = true;
   part("send").setAttribute("aria-disabled", "true");
   part("refused").textContent = "";
-  const wanted = written(); // as it is now: the visitor may write on, or go to another view
+  const [wanted, shown] = [written(), used()]; // as they are now: the visitor may write on, or go to another view
   try {
-    const job = await create({ ...wanted, image_key: await keys(pictures) });
+    const job = await createWith(shown, wanted);
     if ((written().prompt ?? "") === (wanted.prompt ?? "")) write("");
     say(made(job) ? t("It is queued.") : t("It is queued. The filter may hide it."));
   } catch (error) {
@@ -163,6 +180,17 @@ async function send(event) {
 function refuse(text) {
   part("refused").textContent = text;
   if (!element.isConnected) say(text, true);
+}
+
+/** The job, with these pictures; where they were there too long and are gone, they are uploaded anew. */
+async function createWith(pictures, wanted) {
+  try {
+    return await create({ ...wanted, image_key: await keys(pictures) });
+  } catch (error) {
+    if (error.code !== "image_not_found") throw error;
+    pictures.forEach((picture) => (picture.failed = error));
+    return create({ ...wanted, image_key: await keys(pictures) });
+  }
 }
 
 /** The keys of the pictures, once all of them are there; an upload that has failed is tried once more. */
@@ -188,15 +216,28 @@ function write(prompt) {
 /** The job. What got no answer is sent again under the same key: it is made once, however often that is. */
 async function create(wanted) {
   const text = JSON.stringify(wanted);
-  if (sent?.text !== text) sent = { text, key: newKey() };
   try {
-    const { id, status } = await api.act("POST", "api/queue/create", wanted, { "Idempotency-Key": sent.key });
-    sent = null;
+    const { id, status } = await api.act("POST", "api/queue/create", wanted, { "Idempotency-Key": keyFor(text) });
+    forget(text);
     return { id, status, step: "submit", prompt: wanted.prompt ?? "", model: wanted.model ?? fallback, outputs: [], created_at: new Date(now()).toISOString() };
   } catch (error) {
-    if (!error.passing) sent = null;
+    if (!error.passing) forget(text);
     throw error;
   }
+}
+
+const unanswered = () => JSON.parse(draft.getItem(UNANSWERED) ?? "{}");
+
+/** The key of what is sent now, the same one as before where that had no answer, be it before the page was loaded anew. */
+function keyFor(text) {
+  const key = unanswered()[text] ?? newKey();
+  draft.setItem(UNANSWERED, JSON.stringify({ ...unanswered(), [text]: key }));
+  return key;
+}
+
+function forget(text) {
+  const { [text]: _, ...rest } = unanswered();
+  draft.setItem(UNANSWERED, JSON.stringify(rest));
 }
 
 // crypto.randomUUID is there in a secure context only.
@@ -206,8 +247,14 @@ const newKey = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) 
 export async function again({ prompt, model }) {
   const mine = part("prompt").value.trim();
   if (mine && mine !== prompt && !(await ask(t("Replace what you have written?"), t("Replace")))) return;
+  try {
+    await begin(); // they may not be known yet
+  } catch (error) {
+    return say(error.message, true);
+  }
   write(prompt);
-  if (names().includes(model)) part("model").value = model;
-  drawSlots();
+  if (!strict) admit(model);
+  if (names().includes(model)) offer(model);
+  else say(t("The model {model} is not offered any more; choose another one.", { model }), true);
   part("prompt").focus();
 }

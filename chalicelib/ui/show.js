@@ -1,7 +1,7 @@
 // How a job looks in words and shapes: its status, what it is at, why it waits, what to do about its error.
 
 import { h } from "./dom.js";
-import { ago, now, span, t, told } from "./words.js";
+import { ago, now, span, t, time, told } from "./words.js";
 
 export const STATUSES = { queued: "Queued", running: "Running", done: "Done", error: "Failed", cancelled: "Cancelled" };
 const SHAPES = { queued: "○", running: "◐", done: "✓", error: "✕", cancelled: "⊘", dead: "▲" };
@@ -28,7 +28,7 @@ export function stage(job) {
 export function reason(job) {
   const { code, sentence, place, until } = job.waiting ?? {};
   if (!code) return job.progress?.text ?? "";
-  const left = until && new Date(until) - now();
+  const left = time(until) - now();
   const again = left > 0 ? ` ${t("Again in {span}.", { span: span(left) })}` : "";
   return told("waiting", code, sentence, { place: place ?? "–" }) + again;
 }
@@ -39,10 +39,16 @@ export function bar(job) {
   return h("progress", { max: 1, value: fraction ?? null, "aria-label": t("Progress") });
 }
 
+/** Since when it is under way: since its last retry, where there was one. A list does not tell of that, but of its runs. */
+export function begun(job) {
+  const retried = job.timeline?.findLast(({ event }) => event === "retried");
+  const again = !job.timeline && job.attempt > (job.step === "submit" ? 0 : 1);
+  return retried?.at ?? (again ? (job.submitted_at ?? job.updated_at) : job.created_at);
+}
+
 /** How long it has taken so far, or how long ago it was made. */
 export function when(job) {
-  const seconds = Math.floor((now() - new Date(job.created_at)) / 1000);
-  return live(job) ? span(seconds * 1000) : ago(job.created_at);
+  return live(job) ? span(Math.floor((now() - time(begun(job))) / 1000) * 1000) : ago(job.created_at);
 }
 
 /** What came of it; a job of the earlier version has an address, and nothing else is known of its picture. */

@@ -16,12 +16,14 @@ export const store = keeper(() => localStorage);
 export const draft = keeper(() => sessionStorage);
 
 export let language = "en";
+let locale = language; // as the visitor's country writes numbers and dates
 let words = {};
 
 export async function speak() {
   const wanted = [store.getItem(LANGUAGE), ...navigator.languages].map((name) => name?.slice(0, 2));
   language = wanted.find((name) => name in LANGUAGES) ?? "en";
   if (language === "th") words = await import("./th.js").then((file) => file.words, () => ({})); // English rather than nothing
+  locale = navigator.languages.find((name) => name.slice(0, 2) === language) ?? language;
   document.documentElement.lang = language;
 }
 
@@ -45,7 +47,7 @@ export function told(kind, code, sentence, values = {}) {
 const formatters = new Map();
 function formatter(kind, options) {
   const name = kind.name + JSON.stringify(options);
-  if (!formatters.has(name)) formatters.set(name, new kind(language, options));
+  if (!formatters.has(name)) formatters.set(name, new kind(locale, options));
   return formatters.get(name);
 }
 
@@ -58,10 +60,12 @@ export const money = (usd) =>
 export const bytes = (size) =>
   number(size < 1e6 ? size / 1e3 : size / 1e6, { maximumFractionDigits: size < 1e6 ? 0 : 1 }) + (size < 1e6 ? " kB" : " MB");
 
-export const moment = (iso) =>
-  formatter(Intl.DateTimeFormat, { dateStyle: "medium", timeStyle: "medium" }).format(new Date(iso));
+/** A moment in ms; where no zone is said, as in rows of SQLite's own making, it is UTC. NaN where there is none. */
+export const time = (iso) => Date.parse(/(Z|[+-]\d\d:\d\d)$/.test(iso) ? iso : `${iso}Z`.replace(" ", "T"));
 
-export const clock = (iso) => formatter(Intl.DateTimeFormat, { timeStyle: "medium" }).format(new Date(iso));
+const dated = (iso, options) => (Number.isNaN(time(iso)) ? "–" : formatter(Intl.DateTimeFormat, options).format(time(iso)));
+export const moment = (iso) => dated(iso, { dateStyle: "medium", timeStyle: "medium" });
+export const clock = (iso) => dated(iso, { timeStyle: "medium" });
 
 let skew = 0; // ms by which the service's clock is ahead of this one
 export const now = () => Date.now() + skew;
@@ -70,6 +74,7 @@ export function setClock(date) {
 }
 
 export function span(milliseconds) {
+  if (Number.isNaN(milliseconds)) return "–";
   const seconds = Math.max(0, milliseconds / 1000);
   if (seconds < 60) return t("{n} s", { n: number(seconds, { maximumFractionDigits: seconds < 10 ? 1 : 0 }) });
   if (seconds < 3600) return t("{m} min {s} s", { m: Math.floor(seconds / 60), s: Math.floor(seconds % 60) });
@@ -77,7 +82,8 @@ export function span(milliseconds) {
 }
 
 export function ago(iso) {
-  const seconds = (new Date(iso) - now()) / 1000;
+  const seconds = (time(iso) - now()) / 1000;
+  if (Number.isNaN(seconds)) return "–";
   const [unit, size] = [["day", 86400], ["hour", 3600], ["minute", 60]].find(([, size]) => -seconds >= size) ?? ["second", 1];
   return formatter(Intl.RelativeTimeFormat, { numeric: "auto" }).format(Math.min(0, Math.ceil(seconds / size)), unit);
 }

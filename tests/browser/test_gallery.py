@@ -9,6 +9,7 @@ import re
 import threading
 import time
 import uuid
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
@@ -165,7 +166,8 @@ def test_a_double_click_makes_one_job(visit, stack):
     assert len(listed(stack, prompt)) == 1
 
 
-def test_what_got_no_answer_is_sent_again_as_the_same_request(visit, stack):
+@pytest.mark.parametrize("lost", ["all of it", "its body", "all of it, and the page is loaded anew"])
+def test_what_got_no_answer_is_sent_again_as_the_same_request(visit, stack, lost):
     page, prompt = visit(expected=[NO_ANSWER]), word()
     until(page, "#model option")
     keys = []
@@ -173,12 +175,18 @@ def test_what_got_no_answer_is_sent_again_as_the_same_request(visit, stack):
     def lose(route):
         keys.append(route.request.headers["idempotency-key"])
         route.fetch()  # the service hears it, and its answer is lost
-        route.abort()
+        if lost == "its body":
+            route.fulfill(status=200, body="")
+        else:
+            route.abort()
 
     page.route("**/api/queue/create", lose, times=1)
     page.fill("#prompt", prompt)
     page.click("#send")
-    page.locator("#refused", has_text="unreachable").wait_for()
+    page.locator("#refused", has_text=re.compile("unreachable|no_answer")).wait_for()
+    if lost.endswith("anew"):
+        page.reload()
+        until(page, "#model option")
     assert page.input_value("#prompt") == prompt
     page.once("request", lambda request: keys.append(request.headers["idempotency-key"]))
 
@@ -273,6 +281,82 @@ def test_an_upload_that_failed_is_tried_once_more_by_make(visit, stack):
     page.click("#send")
 
     card(page, prompt).wait_for()
+
+
+def test_a_picture_that_lay_there_too_long_is_uploaded_anew(visit, stack):
+    page, prompt, asked = visit(expected=[NO_ANSWER]), f"make it snow {word()}", []
+    gone = {"ok": False, "error": "There is no uploaded picture.", "code": "image_not_found"}
+
+    def refuse(route):
+        asked.append(route.request.post_data_json["image_key"])
+        if len(asked) == 1:
+            route.fulfill(status=400, json=gone)
+        else:
+            route.continue_()
+
+    page.route("**/api/queue/create", refuse)
+    page.select_option("#model", "qwen-image-edit")
+    page.set_input_files("#choose", picture())
+    page.fill("#prompt", prompt)
+
+    page.click("#send")
+
+    card(page, prompt).wait_for()
+    assert len(asked) == 2
+    assert asked[0] != asked[1]
+
+
+def test_what_was_chosen_for_a_model_is_there_again_with_it(visit):
+    page = visit()
+    page.select_option("#model", "qwen-image-edit")
+    page.set_input_files("#choose", picture())
+    page.locator("#values summary").click()
+    page.get_by_label("Steps").fill("7")
+
+    page.select_option("#model", "qwen-image")
+    assert page.locator("#pictures").is_hidden()
+    page.select_option("#model", "qwen-image-edit")
+
+    assert page.locator("#chosen li").count() == 1
+    assert page.locator("#slots label", has_text="Steps").locator("input").input_value() == "7"
+
+
+def test_a_value_out_of_its_bounds_is_shown_where_it_was_closed(visit):
+    page = visit()
+    page.select_option("#model", "qwen-image-edit")
+    page.locator("#values summary").click()
+    page.get_by_label("Steps").fill("500000")
+    page.locator("#values summary").click()
+    page.fill("#prompt", "make it snow")
+
+    page.click("#send")
+
+    page.locator("#values[open]").wait_for()
+    assert page.evaluate("document.activeElement.validity.rangeOverflow")
+
+
+def test_a_job_of_a_model_that_is_not_listed_is_used_again_with_that_model(visit, stack):
+    job_id = create(stack, word(), model="my-own")
+    page = visit(f"?job={job_id}")
+
+    page.click("#job button:has-text('Use it again')")
+
+    page.wait_for_function("() => document.getElementById('model').value === 'my-own'")
+
+
+def test_only_listed_models_are_offered_where_others_are_refused(visit):
+    page = visit("?view=figures")
+
+    def refuse_others(route):
+        answer = route.fetch().json()
+        models = [model for model in answer["models"] if model["model"] != answer["default_model"]]
+        route.fulfill(json={**answer, "models": models, "unknown_models": "refuse"})
+
+    page.route("**/api/models", refuse_others)
+    page.goto(page.url.partition("?")[0])
+
+    until(page, "#model option")
+    assert page.locator("#model option").all_inner_texts() == ["qwen-image-edit"]
 
 
 def test_a_job_that_the_filter_may_hide_is_told(visit):
@@ -375,6 +459,99 @@ def test_many_jobs_come_page_by_page_each_once_in_their_order(visit, stack):
     stack.call("POST", "/api/jobs/bulk", json={"do": "cancel", "filter": {"q": text}, "limit": 100})
 
 
+def test_more_jobs_than_one_answer_has_come_meanwhile_and_none_is_left_out(visit, stack):
+    text = word()
+    quiet = {"queue_seconds": 900}
+    create(stack, f"{text} before", simulate=quiet)
+    page = visit(f"?q={text}", expected=[NO_ANSWER, "ERR_INTERNET_DISCONNECTED"])
+    card(page, "before").wait_for()
+    page.context.set_offline(True)
+    jobs = [{"prompt": f"{text} {n}", "input": {"prompt": "", "simulate": quiet}} for n in range(100)]
+    for _ in range(2):
+        assert stack.call("POST", "/api/queue/create", json={"jobs": jobs})["ok"]
+    page.context.set_offline(False)
+
+    page.evaluate("dispatchEvent(new PopStateEvent('popstate'))")
+
+    page.wait_for_function("() => document.querySelectorAll('.card .badge').length > 40")
+    for _ in range(12):
+        page.mouse.wheel(0, 9_000)
+        page.wait_for_timeout(120)
+    page.wait_for_function("() => document.querySelectorAll('.card').length === 201")
+    assert page.locator(".card .prompt").all_inner_texts()[-1] == f"{text} before"
+    for _ in range(3):
+        stack.call("POST", "/api/jobs/bulk", json={"do": "cancel", "filter": {"q": text}, "limit": 100})
+
+
+def test_a_job_made_here_stands_where_the_service_says_whatever_the_clock_here(visit, stack):
+    text = word()
+    create(stack, f"{text} earlier")
+    page = visit("?view=figures")
+    page.add_init_script("const real = Date.now; Date.now = () => real() - 600_000")
+    page.route("**/api/**", lambda route: route.fulfill(response=(answer := route.fetch()), headers=undated(answer)))
+    page.goto(stack.url)
+    until(page, ".card .badge")
+    page.fill("#prompt", f"{text} now")
+
+    page.click("#send")
+
+    page.locator(".card:first-child", has_text=f"{text} now").wait_for()
+
+
+def undated(answer):
+    return {name: value for name, value in answer.headers.items() if name != "date"}
+
+
+def test_a_picture_that_did_not_come_is_asked_for_again(visit, stack):
+    prompt = word()
+    job = ended(stack, create(stack, prompt))
+    page = visit("?view=figures", expected=[NO_ANSWER])
+    page.clock.install()
+    page.route(job["result_url"], lambda route: route.abort(), times=1)
+    page.goto(f"{stack.url}/?q={prompt}")
+    card(page, prompt).locator(".unshown").wait_for()
+
+    page.clock.run_for(5_100)
+
+    assert shown(card(page, prompt).locator("img")) == 512
+
+
+def test_a_picture_begins_anew_only_where_its_link_has_ended(visit, stack):
+    """A private bucket's links differ from answer to answer."""
+    prompt, asked = word(), []
+    job = ended(stack, create(stack, prompt))
+    create(stack, f"{prompt} goes on", simulate={"queue_seconds": 900})
+    page = visit("?view=figures")
+    page.clock.install()
+    ends = iter([(datetime.now(UTC) + timedelta(seconds=8)).isoformat()])
+
+    def sign(route):
+        answer = route.fetch().json()
+        end = next(ends, "2100-01-01T00:00:00.000Z")
+        for each in answer["jobs"]:
+            each["urls_expire_at"] = end
+            for file in each["outputs"]:
+                file["url"] += f"?signed={uuid.uuid4()}"
+        route.fulfill(json=answer)
+
+    def look(times):
+        for _ in range(times):
+            with page.expect_response("**/api/jobs?*"):
+                page.clock.run_for(3_100)
+            page.wait_for_timeout(100)
+
+    page.route("**/api/jobs?*", sign)
+    page.route(re.compile(re.escape(job["result_url"])), lambda route: asked.append(route.request.url))  # and waits
+    page.goto(f"{stack.url}/?q={prompt}")
+    until(page, ".card img")
+
+    look(2)
+    assert len(asked) == 1
+    look(4)
+    assert len(asked) == 2
+    stack.call("POST", "/api/jobs/bulk", json={"do": "cancel", "filter": {"q": prompt}})
+
+
 def test_one_request_a_look_serves_all_cards_and_says_nothing_where_nothing_changed(visit, stack):
     text = word()
     ids = [create(stack, f"{text} {n}", simulate={"queue_seconds": 900}) for n in range(3)]
@@ -471,6 +648,7 @@ def test_what_has_the_focus_or_is_marked_stays_though_the_job_goes_on(visit, sta
     page.evaluate("getSelection().selectAllChildren(document.querySelector('#job .words'))")
 
     stack.call("POST", f"/api/jobs/{job_id}/cancel", json={})
+    stack.call("POST", "/dev/runpod-poll")
 
     page.locator("#job .badge.cancelled").wait_for()
     assert page.evaluate("getSelection().toString()") == prompt
@@ -478,10 +656,28 @@ def test_what_has_the_focus_or_is_marked_stays_though_the_job_goes_on(visit, sta
     assert page.locator("#job details[open] .timeline li", has_text="cancelled").count() == 1
     page.click("#job button:has-text('Delete')")
     stack.call("POST", f"/api/jobs/{job_id}/retry", json={})
+    page.evaluate("dispatchEvent(new PopStateEvent('popstate'))")  # by itself it looks now and then
     page.locator("#job .badge.queued, #job .badge.running").wait_for()
     page.keyboard.press("Escape")
     page.wait_for_function("() => document.querySelector('#job').contains(document.activeElement)")
     stack.call("POST", f"/api/jobs/{job_id}/cancel", json={})
+
+
+def test_that_a_job_is_not_to_be_had_is_told_once(visit):
+    page = visit("?view=figures", expected=[NO_ANSWER])
+    page.clock.install()
+    asked = []
+    page.on("request", lambda request: "/api/jobs/nothing" in request.url and asked.append(request.url))
+    page.goto(f"{page.url.partition('?')[0]}?job=nothing")
+    page.locator("#job", has_text="job_not_found").wait_for()
+    page.locator("#job button[aria-label='Close']").focus()
+
+    for _ in range(4):
+        page.clock.run_for(3_100)
+        page.wait_for_timeout(100)
+
+    assert len(asked) <= 2
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Close"
 
 
 def test_a_waiting_job_says_why_and_is_cancelled(visit, stack):
@@ -611,7 +807,9 @@ def test_the_keyboard_does_it_all(visit, stack):
 
 def test_dead_letters_are_counted_and_redriven_one_and_all(visit, stack):
     text = word()
-    ids = [bury(stack, f"{text} {n}") for n in range(3)]
+    ids = [bury(stack, f"{text} {n}") for n in range(2)]
+    ended(stack, create(stack, f"{text} in between"))
+    ids.append(bury(stack, f"{text} 2"))
     page = visit()
     page.locator("#dead:not([hidden])").wait_for()
     assert int(page.locator("#dead").inner_text()) >= 3
@@ -626,6 +824,11 @@ def test_dead_letters_are_counted_and_redriven_one_and_all(visit, stack):
     assert ended(stack, ids[0])["status"] == "done"
 
     page.locator(".letter a", has_text=f"{text} 1").click()
+    page.locator("#job .badge.dead").wait_for()
+    page.keyboard.press("ArrowLeft")  # goes by the dead letters, newest first
+    page.wait_for_function("(id) => location.search.includes(id)", arg=ids[2])
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("(id) => location.search.includes(id)", arg=ids[1])
     page.click("#job button:has-text('Redrive')")
     page.click(".ask button.main")
     page.locator("#said", has_text="It is being stored.").wait_for()
@@ -639,6 +842,37 @@ def test_dead_letters_are_counted_and_redriven_one_and_all(visit, stack):
     page.locator("#letters", has_text="There is none.").wait_for()
     assert ended(stack, ids[2])["status"] == "done"
     page.wait_for_function("() => document.querySelector('#dead').hidden")
+
+
+def test_more_dead_letters_than_one_answer_has_are_redriven(visit):
+    dead = {"error": "R2 did not answer.", "error_code": "r2_unreachable", "dead_at": "2026-11-01T00:00:00.000Z"}
+    letters = [
+        {"id": f"job-{n}", "prompt": f"a cat {n}", "tries": 3, "left": "runpod", "left_until": None, **dead}
+        for n in range(150)
+    ]
+
+    def answer(route):
+        begin = 100 if "cursor" in route.request.url else 0
+        page_of = letters[begin : begin + 100]
+        cursor = "second" if begin + 100 < len(letters) else None
+        route.fulfill(json={"ok": True, "dead_letters": page_of, "next_cursor": cursor})
+
+    def redrive(route):
+        came = {"redriven": [letter["id"] for letter in letters], "lost": [], "unknown": []}
+        letters.clear()
+        route.fulfill(json={"ok": True, "next_cursor": None, **came})
+
+    page = visit("?view=figures")
+    page.route("**/api/dead-letters?*", answer)
+    page.route("**/api/dead-letters/redrive", redrive)
+    page.goto(f"{page.url.partition('?')[0]}?view=dead")
+    page.click("#more-letters")
+    page.wait_for_function("() => document.querySelectorAll('.letter').length === 150")
+
+    page.click("#redrive-all")
+    page.click(".ask button.main")
+
+    page.locator("#letters", has_text="There is none.").wait_for()
 
 
 def test_the_figures_are_those_of_the_api(visit, stack):
@@ -755,6 +989,16 @@ def test_a_link_of_a_worker_or_an_old_row_that_is_none_is_not_followed(visit, st
     assert page.locator("#job [src^=javascript], #job [href^=javascript]").count() == 0
 
 
+def test_an_old_row_that_says_no_zone_means_utc(visit, stack):
+    job_id = create(stack, word())
+    ended(stack, job_id)
+    d1(stack, "UPDATE jobs SET created_at = '2026-11-01 20:00:00', finished_at = NULL WHERE id = ?1", job_id)
+
+    page = visit(f"?job={job_id}")
+
+    page.locator("#job dl", has_text="2 Nov 2026, 03:00:00").wait_for()  # in Bangkok
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(visit, stack, scheme):
     done = create(stack, word())
@@ -808,20 +1052,23 @@ def test_nothing_stands_out_at_the_side(visit, stack, width):
         assert outside == [], query
 
 
-@pytest.mark.parametrize("path", ["/v1", "/v1/"])
-def test_it_works_under_the_stage_with_and_without_a_slash(visit, stack, path):
+@pytest.mark.parametrize("path", ["/v1", "/v1/", "/"])
+def test_it_works_under_the_stage_with_and_without_a_slash_and_beside_it(visit, stack, path):
     class Gateway(BaseHTTPRequestHandler):
-        """API Gateway's stage: paths begin with it outside, and not inside."""
+        """API Gateway's stage: paths begin with it outside, and not inside. Beside it the page's files as such."""
 
         def do_GET(self):
-            inside = self.path.removeprefix("/v1")
-            if self.path.partition("?")[0] in ("/v1", "/v1/"):
-                text, status, kind = served.index(self.path.partition("?")[0]).encode(), 200, "text/html; charset=utf-8"
-            elif not self.path.startswith("/v1/"):
-                text, status, kind = b"", 403, "application/json"
-            else:
-                answer = requests.get(stack.url + inside, headers=dict(self.headers), timeout=30)
+            asked = self.path.partition("?")[0]
+            if asked in ("/v1", "/v1/"):
+                text, status, kind = served.index(asked).encode(), 200, "text/html; charset=utf-8"
+            elif self.path.startswith("/v1/"):
+                headers = dict(self.headers)
+                answer = requests.get(stack.url + self.path.removeprefix("/v1"), headers=headers, timeout=30)
                 text, status, kind = answer.content, answer.status_code, answer.headers.get("Content-Type", "")
+            else:
+                name = asked[1:] or served.INDEX
+                text, status, kind = (served.FOLDER / name).read_bytes(), 200, served.content_type(name)
+                text = text.replace(b'data-api=""', b'data-api="/v1"')  # as it is written by hand
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(text)))
@@ -833,9 +1080,7 @@ def test_it_works_under_the_stage_with_and_without_a_slash(visit, stack, path):
 
     ended(stack, create(stack, word()))
     with serving(Gateway) as url:
-        page = visit(url=f"{url}{path}".rstrip("/") if path == "/v1" else f"{url}/v1")
-        if path == "/v1":
-            page.goto(f"{url}/v1")
+        page = visit(path[1:], url=url)
         assert shown(page.locator(".card img").first) > 0
         page.locator(".card a").first.click()
         page.locator("#job dl").wait_for()

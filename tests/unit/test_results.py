@@ -1,7 +1,9 @@
 """From a worker's answer to the objects in R2, through the whole pipeline."""
 
 import hashlib
+import re
 from datetime import timedelta
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -15,6 +17,7 @@ from chalicelib.outputs import Findings, Link
 from tests.conftest import BUCKET, R2_ENDPOINT, put
 from tests.shapes import A_JPG, A_MP4, A_PNG, B_PNG, JPEG, LINKS, MP4, PNG, PNG_2, PNG_3, ROWS, WEBP, b64
 
+README = Path(__file__).parents[2] / "README.md"
 FORBIDDEN = ("http://127.0.0.1:8888", "https://169.254.169.254", "http://10.0.0.1")  # never connected to
 RESULT = r"GET https://(results|image)\.example/"
 
@@ -499,3 +502,14 @@ def test_a_file_is_given_back_to_the_disk(bench, monkeypatch):
 
     assert len(opened) == 3
     assert all(content.file.closed for content in opened)
+
+
+def test_after_readmes_sql_older_jobs_are_under_the_new_address(bench, table):
+    job = run(bench, {"images": [b64(PNG), b64(PNG_2)]})
+    (sql,) = re.findall(r"(UPDATE jobs\s+SET result_url = replace[^;]*);", README.read_text(encoding="utf-8"))
+
+    table(sql.replace("https://old.example/", job.result_url.removesuffix(job.result_r2_key)))
+
+    moved = bench.job(job.id)
+    assert moved.result_url == f"https://new.example/{job.result_r2_key}"
+    assert [file["url"] for file in moved.files] == [f"https://new.example/{file['key']}" for file in job.files]
