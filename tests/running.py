@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -16,10 +17,20 @@ ROOT = Path(__file__).parents[1]
 START_SECONDS = 120
 
 
+def free_ports(count):
+    """Not of those that the system gives to outgoing connections: one of these could take it before its server does."""
+    found = []
+    with contextlib.ExitStack() as probes:
+        while len(found) < count:
+            probe, port = probes.enter_context(socket.socket()), 20_000 + secrets.randbelow(10_000)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+    return found
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_ports(1)[0]
 
 
 class Running:

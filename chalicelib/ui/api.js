@@ -31,6 +31,9 @@ export class ApiError extends Error {
     super(told("error", code, sentence));
     Object.assign(this, { status, code, after });
   }
+  toString() {
+    return `${this.message} (${this.code})`;
+  }
   /** Whether it may help to send the same again: nothing, or not the service itself, has answered, or it cannot just now. */
   get passing() {
     return this.status === 0 || this.code === NO_ANSWER || this.status === 429 || this.status >= 500;

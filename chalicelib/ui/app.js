@@ -152,7 +152,7 @@ function tellDown(error) {
   const held = byId("down").contains(document.activeElement);
   const wait = span(1000 * Math.min(MOST_BACKOFF, failed));
   const now = button(t("Try now"), look);
-  fill(byId("down"), `${error.message} (${error.code}) `, error.passing && t("Trying again in {span}.", { span: wait }), " ", now);
+  fill(byId("down"), `${error} `, error.passing && t("Trying again in {span}.", { span: wait }), " ", now);
   byId("down").hidden = false;
   if (held) now.focus();
 }

@@ -37,7 +37,7 @@ async function load(cursor, signal) {
   take(found);
 }
 
-const refused = (error) => say(`${error.message} (${error.code})`, true);
+const refused = (error) => say(`${error}`, true);
 
 const placeOf = (id) => rows.findIndex((row) => row.id === id);
 

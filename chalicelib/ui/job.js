@@ -70,7 +70,7 @@ export async function refresh(signal) {
     draw();
   } catch (error) {
     if (![400, 404, 410].includes(error.status)) throw error;
-    if (asked === id) refused(`${error.message} (${error.code})`);
+    if (asked === id) refused(`${error}`);
   }
 }
 
@@ -226,7 +226,7 @@ async function act({ name, question, word, done, look }) {
     if (name === "delete" && target === id) leave();
     tell(target, answer.job ?? null);
   } catch (error) {
-    say(`${error.message} (${error.code})`, true);
+    say(`${error}`, true);
     tell(target);
   }
 }

@@ -170,7 +170,7 @@ async function send(event) {
     if ((written().prompt ?? "") === (wanted.prompt ?? "")) write("");
     say(made(job) ? t("It is queued.") : t("It is queued. The filter may hide it."));
   } catch (error) {
-    refuse(`${error.message} (${error.code ?? error.name})`);
+    refuse(`${error}`);
   } finally {
     busy = false;
     part("send").removeAttribute("aria-disabled");
@@ -250,7 +250,7 @@ export async function again({ prompt, model }) {
   try {
     await begin(); // they may not be known yet
   } catch (error) {
-    return say(error.message, true);
+    return say(`${error}`, true);
   }
   write(prompt);
   if (!strict) admit(model);

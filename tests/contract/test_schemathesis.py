@@ -5,7 +5,6 @@ What was called, and how it was judged, is printed: pytest -s tests/contract/tes
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from chalicelib.webhooks import Webhooks
 from chalicelib.wire import Wire
 from tests.conftest import AUTH, KEY_HASH
 from tests.openapi import operations
+from tests.running import free_port
 from tools import processes, schema
 
 SEED = 20261122
@@ -72,12 +72,6 @@ CONFIG = {
         }
     ],
 }
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Api:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from tests.conftest import AUTH, KEY_HASH
 from tests.contract import fast_clock
 from tests.contract.earlier import Earlier, Routes
 from tests.contract.fast_clock import FastClock
+from tests.running import free_port
 from tools import schema
 from tools.cloud import Answer, LocalCloud
 from tools.cloud.render import draw
@@ -132,12 +132,6 @@ def wait(done):
         assert time.monotonic() < end, "it takes too long"
         time.sleep(0.03)
     return found
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Stage:

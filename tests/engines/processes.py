@@ -6,7 +6,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -18,6 +17,8 @@ from typing import Any, TypeVar
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+
+from tests.running import free_ports
 
 ROOT = Path(__file__).parents[2]
 NAMES = {
@@ -145,14 +146,6 @@ def s3_client(given: dict[str, str]) -> Any:
     return client
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as probes:
-        found = [probes.enter_context(socket.socket()) for _ in range(count)]
-        for probe in found:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in found]
-
-
 PORTS = (
     "s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port",
     "filer.port.grpc", "admin.port", "admin.port.grpc",
@@ -162,7 +155,7 @@ PORTS = (
 @contextlib.contextmanager
 def seaweedfs() -> Iterator[dict[str, str]]:
     """Run SeaweedFS with an empty bucket; yields the service's settings that lead to it."""
-    ports = dict(zip(PORTS, _free_ports(len(PORTS)), strict=True))
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     key_id, secret = "engine-key", secrets.token_hex(16)
     given = {
         "R2_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3.port']}",

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import app
-from chalicelib import bootstrap, page
+from chalicelib import bootstrap, page, reads
 from chalicelib.errors import REQUEST_STATUS
 from chalicelib.jobs import Status
 from tests import openapi
@@ -248,3 +248,9 @@ def test_it_knows_every_status():
     (listed,) = re.findall(r"STATUSES = \{(.+?)\}", script("show.js"))
 
     assert re.findall(r"(\w+): ", listed) == list(Status)
+
+
+def test_it_knows_in_how_many_jobs_a_text_is_looked_for():
+    (said_there,) = re.findall(r"const SEARCHED = (\d+);", script("gallery.js"))
+
+    assert int(said_there) == reads.SEARCHED
