@@ -52,10 +52,11 @@ export async function get(path, signal) {
   return answer;
 }
 
-/** The answer to a request that changes something. */
+/** The answer to a request that changes something; `replayed` where that was done before, under the same Idempotency-Key. */
 export async function act(method, path, body, headers = {}) {
   const content = body === undefined ? {} : { body: JSON.stringify(body) };
-  return read(await send(method, path, { headers: { "Content-Type": "application/json", ...headers }, ...content }));
+  const response = await send(method, path, { headers: { "Content-Type": "application/json", ...headers }, ...content });
+  return { ...(await read(response)), replayed: response.headers.has("Idempotent-Replayed") };
 }
 
 async function send(method, path, options) {
@@ -64,7 +65,7 @@ async function send(method, path, options) {
     const signal = AbortSignal.any([AbortSignal.timeout(MOST_SECONDS * 1000), ...(options.signal ? [options.signal] : [])]);
     const url = new URL(path, new URL(address(), location.href));
     const response = await fetch(url, { ...options, method, headers, signal, cache: "no-store", credentials: "omit" });
-    setClock(response.headers.get("Date")); // which another origin does not show
+    setClock(response.headers.get("Date"));
     return response;
   } catch {
     throw new ApiError(0, "unreachable", t("The service does not answer."));

@@ -123,7 +123,7 @@ const busy = () => (open?.isOpen() ? open.busy() : view === gallery && gallery.b
 async function lookOnce(signal) {
   if (!api.key()) return askForKey();
   try {
-    await Promise.all([learn(signal), refresh(signal)]);
+    await Promise.all([learn(), refresh(signal)]);
     if (open?.isOpen()) open.tick();
     await countDead(signal);
     failed = 0;
@@ -137,14 +137,15 @@ async function lookOnce(signal) {
   }
 }
 
-async function learn(signal) {
-  if ((await make.begin(signal)) && view === gallery) gallery.offerModels(make.names());
+async function learn() {
+  await make.begin();
+  if (view === gallery) gallery.offerModels(make.names());
 }
 
-/** The open job, or else what is drawn; the gallery behind a job once, for that is what the arrows go by. */
+/** The open job, or else what is drawn; the list behind a job once, for that is what the arrows go by. */
 function refresh(signal) {
   if (!open?.isOpen()) return view.refresh(signal);
-  return Promise.all([open.refresh(signal), view === gallery && !gallery.hasBegun() && gallery.refresh(signal)]);
+  return Promise.all([open.refresh(signal), view.hasBegun?.() === false && view.refresh(signal)]);
 }
 
 function tellDown(error) {

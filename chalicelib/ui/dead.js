@@ -9,59 +9,69 @@ import { moment, t } from "./words.js";
 const PAGE = 100;
 let rows = [];
 let next = null;
+let begun = false;
 let tell = () => {};
 
 const LEFT = { spool: "The picture waits in the spool.", links: "The picture waits behind the worker's links.", runpod: "The picture waits at RunPod.", part: "Some of its files are kept, the rest is gone.", nothing: "Nothing is left of it." };
 
 export function draw(place, changed) {
   tell = changed;
-  rows = [];
+  [rows, next, begun] = [[], null, false];
   fill(place,
     h("h1", {}, t("Dead letters")),
     h("p", {}, t("These pictures are drawn and paid for, and could not be stored. Redrive stores them from where they are left, without a new run.")),
     h("div", { class: "row" }, button(t("Redrive all"), redriveAll, { id: "redrive-all", class: "main", hidden: true })),
     h("ul", { id: "letters", "aria-busy": "true" }),
-    button(t("Show older ones"), () => load(next).catch(refused), { id: "more-letters", hidden: true }));
+    button(t("Show older ones"), () => load(next).catch(complain), { id: "more-letters", hidden: true }));
 }
+
+export const hasBegun = () => begun;
 
 /** Ask how it stands, unless the visitor reads on further down. */
 export const refresh = (signal) => (rows.length > PAGE ? null : load(null, signal));
 
+/** The first ones, or those after the cursor; nothing where others are here by then. */
 async function load(cursor, signal) {
+  const before = rows;
   const answer = await api.get(`api/dead-letters?${new URLSearchParams({ limit: PAGE, ...(cursor && { cursor }) })}`, signal);
-  const list = byId("letters");
-  if (!list) return;
-  const found = cursor ? [...rows, ...answer.dead_letters] : answer.dead_letters;
+  if (rows !== before || !byId("letters")) return;
   next = answer.next_cursor;
-  list.removeAttribute("aria-busy");
-  take(found);
+  begun = true;
+  byId("letters").removeAttribute("aria-busy");
+  take(cursor ? [...rows, ...answer.dead_letters] : answer.dead_letters);
 }
 
-const refused = (error) => say(`${error}`, true);
+const complain = (error) => say(`${error}`, true);
 
 const placeOf = (id) => rows.findIndex((row) => row.id === id);
 
 /** Whether there is a newer one than this, and an older one. */
-export const around = (id) => [placeOf(id) > 0, placeOf(id) >= 0 && placeOf(id) + 1 < rows.length];
+export function around(id) {
+  const at = placeOf(id);
+  return at < 0 ? [false, false] : [at > 0, at + 1 < rows.length || Boolean(next)];
+}
 
-/** The id of the one that is one newer (-1) or older (1). */
-export const beside = (id, step) => around(id)[step < 0 ? 0 : 1] && rows[placeOf(id) + step].id;
+/** The id of the one that is one newer (-1) or older (1), which may have to be asked for first. */
+export async function beside(id, step) {
+  if (next && placeOf(id) + step === rows.length) await load(next).catch(complain);
+  return around(id)[step < 0 ? 0 : 1] ? rows[placeOf(id) + step]?.id : null;
+}
 
-/** Let the keyboard go on from this one, or from the top where it is no more. */
+/** Let the keyboard go on from this one, or from the top where it is not here. */
 export function focus(id) {
-  const link = byId("letters").children[placeOf(id)]?.querySelector("a");
-  if (link) link.focus();
+  const letter = byId("letters").children[placeOf(id)];
+  if (letter) letter.querySelector("a").focus();
   else if (document.activeElement === document.body) byId("main").focus();
 }
 
 /** What became of a job. */
 export const renew = (job) => dead(job) || remove(job.id);
 
-export const remove = (id) => take(rows.filter((row) => row.id !== id));
+export const remove = (id) => placeOf(id) >= 0 && take(rows.filter((row) => row.id !== id));
 
 function take(found) {
   const same = JSON.stringify(found) === JSON.stringify(rows);
-  rows = found;
+  if (!same) rows = found;
   if (!same || !rows.length) redraw(byId("letters"));
   byId("redrive-all").hidden = !rows.length;
   byId("more-letters").hidden = !next;
@@ -91,7 +101,7 @@ async function redrive(row) {
     say(t("It is being stored."));
     tell(row.id, job);
   } catch (error) {
-    refused(error);
+    complain(error);
     tell(row.id);
   }
 }
@@ -108,7 +118,7 @@ async function redriveAll() {
     } while (cursor);
     say(t("{redriven} are being stored, of {lost} nothing is left, of {unknown} RunPod says nothing just now.", came), came.lost + came.unknown > 0);
   } catch (error) {
-    refused(error);
+    complain(error);
   }
   rows = []; // which is asked for anew, from its beginning
   tell(null);

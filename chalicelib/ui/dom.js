@@ -37,16 +37,17 @@ const nearby = new IntersectionObserver((entries) => entries.filter((entry) => e
 
 const WAITS = [5, 30, 180]; // seconds before a file that did not come is asked for again
 
-/** A picture, video or sound, or a word that it cannot be shown. */
+/** A picture, video or sound, or a word that it cannot be shown; `fresh` says what the file is by then, for its link may end. */
 export function media(file, options = {}, tries = 0) {
-  const { alt = "", controls = false, eager = false } = options;
+  const { alt = "", controls = false, eager = false, fresh = () => file } = options;
   const [kind] = (file.content_type ?? "image/").split("/");
   const src = safe(file.url);
   if (!src) return h("span", { class: "glyph" }, "✕");
   const failed = (event) => {
     const note = unshown(src, controls);
     event.target.replaceWith(note);
-    if (tries < WAITS.length) setTimeout(() => note.isConnected && note.replaceWith(media(file, options, tries + 1)), WAITS[tries] * 1000);
+    const again = () => note.isConnected && !note.contains(document.activeElement) && note.replaceWith(media(fresh(), options, tries + 1));
+    if (tries < WAITS.length) setTimeout(again, WAITS[tries] * 1000);
   };
   if (kind === "video") {
     const video = h("video", { src: controls && src, "data-src": `${src}#t=0.1`, controls, muted: !controls, loop: controls, playsinline: true, preload: "metadata", "aria-label": alt, onerror: failed });

@@ -4,14 +4,14 @@ import * as api from "./api.js";
 import { byId, fill, h, media, say } from "./dom.js";
 import { address, FILTERS, go, here, link, stays } from "./place.js";
 import { badge, bar, files, live, ratio, reason, stage, STATUSES, when } from "./show.js";
-import { now, number, t, time } from "./words.js";
+import { number, t, time } from "./words.js";
 
 const PAGE = 48; // jobs
 const MOST = 100; // that one request may ask for
 const FRESH = 5000; // ms for which a job that was just made here stays though the list does not have it yet
 const SEARCHED = 5000; // jobs in which the API looks for a text
 
-let cards = []; // { job, element, fresh, listed, until }, newest first
+let cards = []; // { job, element, fresh, listed }, newest first
 let cursor = null; // of the next page; all that is newer is here
 let watched = new Set(); // the jobs that the last look told of
 let counts = null;
@@ -82,10 +82,11 @@ function search(event) {
 /** The models to choose from; one that the address names is there though nothing else is known of it. */
 export function offerModels(names) {
   const chosen = here().model ?? "";
-  const all = [...new Set([...names, chosen])].filter(Boolean);
-  fill(byId("model-filter"),
-    h("option", { value: "" }, t("All models")),
-    all.map((name) => h("option", { value: name, selected: name === chosen }, name)));
+  const all = ["", ...new Set([...names, chosen].filter(Boolean))];
+  const select = byId("model-filter");
+  const offered = [...select.options].map((option) => option.value);
+  if (all.join() !== offered.join()) fill(select, all.map((name) => h("option", { value: name }, name || t("All models"))));
+  select.value = chosen;
 }
 
 function drawTabs() {
@@ -114,7 +115,7 @@ export async function refresh(signal) {
     : { include: "counts", limit: cards.length > PAGE ? MOST : PAGE }), signal);
   if (!current(mine)) return;
   watched = new Set(answer.jobs.map((job) => job.id));
-  if (!begun || !answer.same) take(answer, from);
+  if (!begun || !answer.same || cards.some((card) => !card.listed)) take(answer, from);
   tick();
 }
 
@@ -193,7 +194,7 @@ function nothing() {
 export function add(job) {
   if (FILTERS.some((name) => here()[name])) return false;
   if (begun) {
-    put(job, performance.now() + FRESH);
+    if (placeOf(job.id) < 0) put(job, performance.now() + FRESH);
     finish();
   }
   return true;
@@ -244,22 +245,14 @@ function update(card, job) {
     h("p", { class: "prompt", dir: "auto" }, job.prompt || job.id));
 }
 
-/**
- * The picture itself stays where it is the same: it would flicker, or begin anew, though a private bucket's links change.
- * One that has not come before its link ended has another link.
- */
+/** The picture itself stays where it is the same: it would flicker, or begin anew, though a private bucket's links change. */
 function frameOf(card, job, before) {
   const [file] = files(job);
-  const frame = card.element.querySelector(".frame");
-  const same = file && before && file.key === files(before)[0]?.key && before.status === job.status;
-  if (same && (isShown(frame) || !(time(card.until) < now()))) return frame;
-  card.until = job.urls_expire_at;
-  if (file && job.status === "done") return h("div", { class: "frame" }, media(file), job.outputs.length > 1 && h("span", { class: "many" }, `1/${job.outputs.length}`));
+  if (file && before && file.key === files(before)[0]?.key && before.status === job.status) return card.element.querySelector(".frame");
+  if (file && job.status === "done") return h("div", { class: "frame" }, media(file, { fresh: () => files(card.job)[0] }), job.outputs.length > 1 && h("span", { class: "many" }, `1/${job.outputs.length}`));
   if (!live(job)) return h("div", { class: `frame ended ${job.status}` }, h("p", { class: "reason", dir: "auto" }, job.error ?? ""));
   return h("div", { class: "frame live" }, h("p", { class: "stage" }, stage(job)), bar(job), h("p", { class: "reason" }, reason(job)));
 }
-
-const isShown = (frame) => frame.querySelector("img")?.naturalWidth > 0 || frame.querySelector("video")?.readyState > 0;
 
 /** What passes by itself: how long each has taken. */
 export function tick() {

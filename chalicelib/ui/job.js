@@ -133,7 +133,7 @@ function pictureArea() {
   if (!file) return area;
   const alt = t("The result: {prompt}", { prompt: job.prompt });
   const [given] = job.pictures;
-  const picture = media(file, { alt, controls: true, eager: true });
+  const picture = media(file, { alt, controls: true, eager: true, fresh: () => (job && files(job)[chosen]) ?? file });
   const frame = h("div", { class: "large", style: { "--ratio": file.width && file.height ? file.width / file.height : 1 } }, picture);
   const isImage = picture.tagName === "IMG";
   return fill(area, frame,

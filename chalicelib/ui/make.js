@@ -5,6 +5,7 @@ import { ask, button, fill, h, say } from "./dom.js";
 import { bytes, draft, now, t } from "./words.js";
 
 let models = null; // as the API has them
+let learning = null; // them
 let fallback = ""; // the model where none is said
 let strict = false; // whether the API refuses a model that it does not list
 let pictures = []; // those chosen: { file, element, uploaded, key, failed }
@@ -20,15 +21,21 @@ export const names = () => (models ?? []).map(({ model }) => model);
 
 export const usualSeconds = (name) => models?.find(({ model }) => model === name)?.usual_seconds;
 
-/** Learn what models there are, once; whether that was now. */
-export async function begin(signal) {
-  if (models) return false;
-  const answer = await api.get("api/models", signal);
+/** Learn what models there are, once. */
+export function begin() {
+  learning ??= learn().catch((error) => {
+    learning = null;
+    throw error;
+  });
+  return learning;
+}
+
+async function learn() {
+  const answer = await api.get("api/models");
   [models, fallback, strict] = [answer.models, answer.default_model, answer.unknown_models === "refuse"];
   if (strict && models.length && !names().includes(fallback)) fallback = names()[0];
   admit(fallback);
   if (element) offer();
-  return true;
 }
 
 /** A model that the API takes though it does not list it. */
@@ -85,21 +92,23 @@ function drawSlots() {
   part("prompt").required = slots.required.includes("prompt") || !("prompt" in slots.properties);
   fill(part("slots"), values.map(([name, slot]) => field(name, slot, slots.required.includes(name))));
   part("values").hidden = !values.length;
-  part("values").open = values.some(([name]) => slots.required.includes(name));
+  part("values").open = values.some(([name]) => slots.required.includes(name) || typed.get(place(name)));
   drawPictures(wanted);
 }
 
+const place = (name) => `${chosen().model} ${name}`;
+
 /** An input for one value; what is left empty is the model's own default. */
 function field(name, slot, required) {
-  const place = `${chosen().model} ${name}`;
-  const common = { name: `slot.${name}`, "data-type": slot.type, required, oninput: (event) => typed.set(place, event.target.value) };
+  const typedAt = place(name);
+  const common = { name: `slot.${name}`, required, oninput: (event) => typed.set(typedAt, event.target.value) };
   const empty = slot.random ? t("random") : String(slot.default ?? "");
   const type = slot.type === "integer" || slot.type === "number" ? "number" : "text";
   const options = slot.enum ?? (slot.type === "boolean" ? [true, false] : null);
   const input = options
     ? h("select", common, h("option", { value: "" }, empty && t("{value} (default)", { value: empty })), options.map((value) => h("option", { value: JSON.stringify(value) }, String(value))))
     : h("input", { ...common, type, min: slot.minimum, max: slot.maximum, step: slot.type === "number" ? "any" : slot.multipleOf, minlength: slot.minLength, maxlength: slot.maxLength, placeholder: empty, dir: "auto" });
-  input.value = typed.get(place) ?? "";
+  input.value = typed.get(typedAt) ?? "";
   return h("label", {}, slot.title ?? name, input);
 }
 
@@ -109,12 +118,12 @@ function valueOf(input) {
 }
 
 function drawPictures(wanted) {
-  const place = part("pictures");
-  place.hidden = !wanted.length;
-  place.dataset.most = wanted.length;
+  const area = part("pictures");
+  area.hidden = !wanted.length;
+  area.dataset.most = wanted.length;
   const [first] = wanted;
   const choose = h("input", { id: "choose", type: "file", accept: "image/*", multiple: wanted.length > 1, class: "hidden", onchange: (event) => { take(event.target.files); event.target.value = ""; } });
-  fill(place, first && [
+  fill(area, first && [
     h("label", { class: "drop", for: "choose" }, choose, h("strong", {}, first[1].title ?? t("Picture")), " ", t("Drag one here, paste it, or choose one.")),
     h("ul", { id: "chosen" })]);
   drawChosen();
@@ -167,8 +176,10 @@ async function send(event) {
   const [wanted, shown] = [written(), used()]; // as they are now: the visitor may write on, or go to another view
   try {
     const job = await createWith(shown, wanted);
+    const seen = made(job);
+    if (job.replayed) return say(t("That was made already, before its answer was lost. Press Make again for another one."));
     if ((written().prompt ?? "") === (wanted.prompt ?? "")) write("");
-    say(made(job) ? t("It is queued.") : t("It is queued. The filter may hide it."));
+    say(seen ? t("It is queued.") : t("It is queued. The filter may hide it."));
   } catch (error) {
     refuse(`${error}`);
   } finally {
@@ -217,11 +228,11 @@ function write(prompt) {
 async function create(wanted) {
   const text = JSON.stringify(wanted);
   try {
-    const { id, status } = await api.act("POST", "api/queue/create", wanted, { "Idempotency-Key": keyFor(text) });
+    const { id, status, replayed } = await api.act("POST", "api/queue/create", wanted, { "Idempotency-Key": keyFor(text) });
     forget(text);
-    return { id, status, step: "submit", prompt: wanted.prompt ?? "", model: wanted.model ?? fallback, outputs: [], created_at: new Date(now()).toISOString() };
+    return { id, status, replayed, step: "submit", prompt: wanted.prompt ?? "", model: wanted.model ?? fallback, outputs: [], created_at: new Date(now()).toISOString() };
   } catch (error) {
-    if (!error.passing) forget(text);
+    if (!error.passing && ![401, 403].includes(error.status)) forget(text); // these say nothing of what was sent before
     throw error;
   }
 }
@@ -247,12 +258,12 @@ const newKey = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) 
 export async function again({ prompt, model }) {
   const mine = part("prompt").value.trim();
   if (mine && mine !== prompt && !(await ask(t("Replace what you have written?"), t("Replace")))) return;
+  write(prompt);
   try {
     await begin(); // they may not be known yet
   } catch (error) {
     return say(`${error}`, true);
   }
-  write(prompt);
   if (!strict) admit(model);
   if (names().includes(model)) offer(model);
   else say(t("The model {model} is not offered any more; choose another one.", { model }), true);

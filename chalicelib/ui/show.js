@@ -39,16 +39,13 @@ export function bar(job) {
   return h("progress", { max: 1, value: fraction ?? null, "aria-label": t("Progress") });
 }
 
-/** Since when it is under way: since its last retry, where there was one. A list does not tell of that, but of its runs. */
-export function begun(job) {
-  const retried = job.timeline?.findLast(({ event }) => event === "retried");
-  const again = !job.timeline && job.attempt > (job.step === "submit" ? 0 : 1);
-  return retried?.at ?? (again ? (job.submitted_at ?? job.updated_at) : job.created_at);
-}
+/** Since when it is wanted: since the last retry, as far as that is known; a list does not tell of it. */
+export const begun = (job) => job.timeline?.findLast(({ event }) => event === "retried")?.at ?? job.created_at;
 
-/** How long it has taken so far, or how long ago it was made. */
+/** How long it has taken so far, or after the first run the present one; or how long ago it was made. */
 export function when(job) {
-  return live(job) ? span(Math.floor((now() - time(begun(job))) / 1000) * 1000) : ago(job.created_at);
+  const since = (job.attempt > 1 && job.submitted_at) || begun(job);
+  return live(job) ? span(Math.floor((now() - time(since)) / 1000) * 1000) : ago(job.created_at);
 }
 
 /** What came of it; a job of the earlier version has an address, and nothing else is known of its picture. */

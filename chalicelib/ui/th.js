@@ -100,6 +100,7 @@ export const words = {
   "Draw it again? That is a new paid run, and this picture is paid for: redrive it first.": "วาดใหม่ไหม จะเสียค่า GPU อีกครั้ง ทั้งที่ภาพนี้จ่ายแล้ว ลองจัดเก็บอีกครั้งก่อน",
   "Draw it again? That is a new paid run.": "วาดใหม่ไหม จะเสียค่า GPU อีกครั้ง",
   "It is queued.": "เข้าคิวแล้ว",
+  "That was made already, before its answer was lost. Press Make again for another one.": "งานนี้สร้างไว้แล้วก่อนคำตอบหายไป กด “สร้าง” อีกครั้งถ้าต้องการอีกภาพ",
   "It is queued. The filter may hide it.": "เข้าคิวแล้ว ตัวกรองอาจซ่อนไว้",
   "The model {model} is not offered any more; choose another one.": "ไม่มีโมเดล {model} แล้ว เลือกโมเดลอื่น",
   "Replace what you have written?": "แทนที่ข้อความที่เขียนไว้หรือไม่",

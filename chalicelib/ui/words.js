@@ -3,14 +3,21 @@
 export const LANGUAGES = { en: "English", th: "ไทย" };
 const LANGUAGE = "ob.language";
 
-/** What is kept there; where the browser keeps nothing, until the page is closed. */
+/** What is kept there; where the browser keeps nothing, or no more, until the page is closed. */
 function keeper(place) {
-  try {
-    return place();
-  } catch {
-    const kept = new Map();
-    return { getItem: (name) => kept.get(name) ?? null, setItem: (name, value) => kept.set(name, value), removeItem: (name) => kept.delete(name) };
-  }
+  const kept = new Map();
+  const attempt = (work) => {
+    try {
+      return work(place());
+    } catch {
+      return undefined;
+    }
+  };
+  return {
+    getItem: (name) => kept.get(name) ?? attempt((there) => there.getItem(name)) ?? null,
+    setItem: (name, value) => (attempt((there) => (there.setItem(name, value), true)) ? kept.delete(name) : kept.set(name, value)),
+    removeItem: (name) => (kept.delete(name), attempt((there) => there.removeItem(name))),
+  };
 }
 export const store = keeper(() => localStorage);
 export const draft = keeper(() => sessionStorage);

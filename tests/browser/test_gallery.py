@@ -9,7 +9,6 @@ import re
 import threading
 import time
 import uuid
-from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
@@ -192,8 +191,38 @@ def test_what_got_no_answer_is_sent_again_as_the_same_request(visit, stack, lost
 
     page.click("#send")
 
-    card(page, prompt).wait_for()
+    page.locator("#said", has_text="That was made already").wait_for()
+    card(page, prompt).locator(".badge.done").wait_for()
     assert (len(listed(stack, prompt)), len(set(keys))) == (1, 1)
+    page.click("#send")
+    page.locator("#said", has_text="It is queued.").wait_for()
+    assert len(listed(stack, prompt)) == 2
+
+
+def test_a_key_that_is_refused_says_nothing_of_what_was_sent_before(visit, stack):
+    page, prompt, tries = visit(expected=[NO_ANSWER]), word(), []
+    until(page, "#model option")
+
+    def answer(route):
+        tries.append(route.request.headers["idempotency-key"])
+        if len(tries) == 1:
+            route.fetch()
+            route.abort()
+        elif len(tries) == 2:
+            route.fulfill(status=403, json={"ok": False, "error": "This key may not.", "code": "forbidden"})
+        else:
+            route.continue_()
+
+    page.route("**/api/queue/create", answer)
+    page.fill("#prompt", prompt)
+    for text in ("unreachable", "forbidden"):
+        page.click("#send")
+        page.locator("#refused", has_text=text).wait_for()
+
+    page.click("#send")
+
+    page.locator("#said", has_text="That was made already").wait_for()
+    assert (len(listed(stack, prompt)), len(set(tries))) == (1, 1)
 
 
 def test_the_same_prompt_once_more_is_a_job_of_its_own(visit, stack):
@@ -337,11 +366,19 @@ def test_a_value_out_of_its_bounds_is_shown_where_it_was_closed(visit):
 
 def test_a_job_of_a_model_that_is_not_listed_is_used_again_with_that_model(visit, stack):
     job_id = create(stack, word(), model="my-own")
-    page = visit(f"?job={job_id}")
+    page, held = visit("?view=figures"), []
+    page.route("**/api/models", lambda route: held.append(route))
+    page.goto(f"{stack.url}/?job={job_id}")
 
-    page.click("#job button:has-text('Use it again')")
+    page.click("#job button:has-text('Use it again')")  # before it is known what models there are
+    page.wait_for_function("() => document.getElementById('prompt').value !== ''")
+    for route in held:
+        route.continue_()
 
     page.wait_for_function("() => document.getElementById('model').value === 'my-own'")
+    page.locator("#model-filter option", has_text="my-own").wait_for(state="attached")
+    assert len(held) == 1
+    assert page.input_value("#model") == "my-own"
 
 
 def test_only_listed_models_are_offered_where_others_are_refused(visit):
@@ -516,39 +553,38 @@ def test_a_picture_that_did_not_come_is_asked_for_again(visit, stack):
     assert shown(card(page, prompt).locator("img")) == 512
 
 
-def test_a_picture_begins_anew_only_where_its_link_has_ended(visit, stack):
-    """A private bucket's links differ from answer to answer."""
+def test_a_picture_begins_anew_only_where_it_failed_and_then_by_its_newest_link(visit, stack):
+    """A private bucket's links differ from answer to answer, and end."""
     prompt, asked = word(), []
     job = ended(stack, create(stack, prompt))
     create(stack, f"{prompt} goes on", simulate={"queue_seconds": 900})
-    page = visit("?view=figures")
+    page = visit("?view=figures", expected=[NO_ANSWER])
     page.clock.install()
-    ends = iter([(datetime.now(UTC) + timedelta(seconds=8)).isoformat()])
 
     def sign(route):
         answer = route.fetch().json()
-        end = next(ends, "2100-01-01T00:00:00.000Z")
         for each in answer["jobs"]:
-            each["urls_expire_at"] = end
             for file in each["outputs"]:
                 file["url"] += f"?signed={uuid.uuid4()}"
         route.fulfill(json=answer)
 
-    def look(times):
-        for _ in range(times):
-            with page.expect_response("**/api/jobs?*"):
-                page.clock.run_for(3_100)
-            page.wait_for_timeout(100)
-
     page.route("**/api/jobs?*", sign)
-    page.route(re.compile(re.escape(job["result_url"])), lambda route: asked.append(route.request.url))  # and waits
+    page.route(re.compile(re.escape(job["result_url"])), lambda route: asked.append(route))  # and waits
     page.goto(f"{stack.url}/?q={prompt}")
     until(page, ".card img")
-
-    look(2)
+    for _ in range(3):
+        with page.expect_response("**/api/jobs?*"):
+            page.clock.run_for(3_100)
+        page.wait_for_timeout(100)
     assert len(asked) == 1
-    look(4)
-    assert len(asked) == 2
+
+    asked[0].fulfill(status=403)
+    card(page, prompt).locator(".unshown").wait_for()
+    page.clock.run_for(5_100)
+
+    until(page, ".card img")
+    assert [route.request.url.partition("?")[0] for route in asked] == [job["result_url"]] * 2
+    assert asked[0].request.url != asked[1].request.url
     stack.call("POST", "/api/jobs/bulk", json={"do": "cancel", "filter": {"q": prompt}})
 
 
@@ -829,6 +865,8 @@ def test_dead_letters_are_counted_and_redriven_one_and_all(visit, stack):
     page.wait_for_function("(id) => location.search.includes(id)", arg=ids[2])
     page.keyboard.press("ArrowRight")
     page.wait_for_function("(id) => location.search.includes(id)", arg=ids[1])
+    page.reload()  # and so by the link alone
+    page.locator("#job button[aria-label='The newer job']:not([aria-disabled])").wait_for()
     page.click("#job button:has-text('Redrive')")
     page.click(".ask button.main")
     page.locator("#said", has_text="It is being stored.").wait_for()
@@ -866,7 +904,7 @@ def test_more_dead_letters_than_one_answer_has_are_redriven(visit):
     page.route("**/api/dead-letters?*", answer)
     page.route("**/api/dead-letters/redrive", redrive)
     page.goto(f"{page.url.partition('?')[0]}?view=dead")
-    page.click("#more-letters")
+    page.dblclick("#more-letters")
     page.wait_for_function("() => document.querySelectorAll('.letter').length === 150")
 
     page.click("#redrive-all")
