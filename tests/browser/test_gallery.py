@@ -73,6 +73,13 @@ def shown(image):
     return image.evaluate("async (image) => { await image.decode(); return image.naturalWidth; }")
 
 
+def look(page):
+    """Let the page, whose clock stands, look at the list once more, as it does while a job is live."""
+    with page.expect_response("**/api/jobs?*"):
+        page.clock.run_for(3_100)
+    page.wait_for_timeout(200)  # for what it does with the answer
+
+
 def until(page, selector):
     page.locator(selector).first.wait_for(state="attached")
 
@@ -573,9 +580,7 @@ def test_a_picture_begins_anew_only_where_it_failed_and_then_by_its_newest_link(
     page.goto(f"{stack.url}/?q={prompt}")
     until(page, ".card img")
     for _ in range(3):
-        with page.expect_response("**/api/jobs?*"):
-            page.clock.run_for(3_100)
-        page.wait_for_timeout(100)
+        look(page)
     assert len(asked) == 1
 
     asked[0].fulfill(status=403)
@@ -594,14 +599,12 @@ def test_one_request_a_look_serves_all_cards_and_says_nothing_where_nothing_chan
     page.clock.install()
     page.goto(f"{stack.url}/?q={text}")
     page.wait_for_function("() => document.querySelectorAll('.card .badge.running').length === 3")
-    page.clock.run_for(3_100)  # its first looks, which the visit of the figures did not have
-    page.wait_for_timeout(300)
+    look(page)  # its first looks, which the visit of the figures did not have
     asked = []
     page.on("response", lambda response: "/api/" in response.url and asked.append(response))
 
     for _ in range(3):
-        page.clock.run_for(3_100)
-        page.wait_for_timeout(300)
+        look(page)
 
     assert len(asked) == 3
     assert {response.url.partition("?")[0] for response in asked} == {f"{stack.url}/api/jobs"}
