@@ -374,6 +374,7 @@ def test_a_value_out_of_its_bounds_is_shown_where_it_was_closed(visit):
 def test_a_job_of_a_model_that_is_not_listed_is_used_again_with_that_model(visit, stack):
     job_id = create(stack, word(), model="my-own")
     page, held = visit("?view=figures"), []
+    until(page, ".tile")
     page.route("**/api/models", lambda route: held.append(route))
     page.goto(f"{stack.url}/?job={job_id}")
 
