@@ -5,7 +5,7 @@ import { ask, button, fill, h, say } from "./dom.js";
 import { bytes, draft, now, t } from "./words.js";
 
 let models = null; // as the API has them
-let learning = null; // them
+let learning = null; // the one request for them
 let fallback = ""; // the model where none is said
 let strict = false; // whether the API refuses a model that it does not list
 let pictures = []; // those chosen: { file, element, uploaded, key, failed }
