@@ -1,7 +1,7 @@
 // The dead letters: results that are paid for and could not be stored.
 
 import * as api from "./api.js";
-import { ask, button, byId, fill, h, say } from "./dom.js";
+import { ask, button, byId, complain, fill, h, say } from "./dom.js";
 import { link } from "./place.js";
 import { dead } from "./show.js";
 import { moment, t } from "./words.js";
@@ -40,8 +40,6 @@ async function load(cursor, signal) {
   byId("letters").removeAttribute("aria-busy");
   take(cursor ? [...rows, ...answer.dead_letters] : answer.dead_letters);
 }
-
-const complain = (error) => say(`${error}`, true);
 
 const placeOf = (id) => rows.findIndex((row) => row.id === id);
 

@@ -80,6 +80,8 @@ export function say(text, bad = false) {
   setTimeout(() => mine === saidAt && (place.textContent = ""), bad ? 12000 : 5000);
 }
 
+export const complain = (error) => say(`${error}`, true);
+
 /** Whether the visitor wants it. The answer is false on Esc. */
 export function ask(question, verb, look = "main") {
   return new Promise((resolve) => {

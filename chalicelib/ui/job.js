@@ -1,7 +1,7 @@
 // One job: its pictures, what happened to it, and what can be done to it.
 
 import * as api from "./api.js";
-import { ask, button, copy, fill, h, media, safe, say } from "./dom.js";
+import { ask, button, complain, copy, fill, h, media, safe, say } from "./dom.js";
 import { again, usualSeconds } from "./make.js";
 import { go } from "./place.js";
 import { advice, badge, bar, begun, dead, files, live, reason, stage, when } from "./show.js";
@@ -226,7 +226,7 @@ async function act({ name, question, word, done, look }) {
     if (name === "delete" && target === id) leave();
     tell(target, answer.job ?? null);
   } catch (error) {
-    say(`${error}`, true);
+    complain(error);
     tell(target);
   }
 }

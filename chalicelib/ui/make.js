@@ -1,7 +1,7 @@
 // The form that makes a job: a prompt, a model with its values, and the pictures that it wants.
 
 import * as api from "./api.js";
-import { ask, button, fill, h, say } from "./dom.js";
+import { ask, button, complain, fill, h, say } from "./dom.js";
 import { bytes, draft, now, t } from "./words.js";
 
 let models = null; // as the API has them
@@ -100,15 +100,14 @@ const place = (name) => `${chosen().model} ${name}`;
 
 /** An input for one value; what is left empty is the model's own default. */
 function field(name, slot, required) {
-  const typedAt = place(name);
-  const common = { name: `slot.${name}`, required, oninput: (event) => typed.set(typedAt, event.target.value) };
+  const common = { name: `slot.${name}`, required, oninput: (event) => typed.set(place(name), event.target.value) };
   const empty = slot.random ? t("random") : String(slot.default ?? "");
   const type = slot.type === "integer" || slot.type === "number" ? "number" : "text";
   const options = slot.enum ?? (slot.type === "boolean" ? [true, false] : null);
   const input = options
     ? h("select", common, h("option", { value: "" }, empty && t("{value} (default)", { value: empty })), options.map((value) => h("option", { value: JSON.stringify(value) }, String(value))))
     : h("input", { ...common, type, min: slot.minimum, max: slot.maximum, step: slot.type === "number" ? "any" : slot.multipleOf, minlength: slot.minLength, maxlength: slot.maxLength, placeholder: empty, dir: "auto" });
-  input.value = typed.get(typedAt) ?? "";
+  input.value = typed.get(place(name)) ?? "";
   return h("label", {}, slot.title ?? name, input);
 }
 
@@ -241,9 +240,10 @@ const unanswered = () => JSON.parse(draft.getItem(UNANSWERED) ?? "{}");
 
 /** The key of what is sent now, the same one as before where that had no answer, be it before the page was loaded anew. */
 function keyFor(text) {
-  const key = unanswered()[text] ?? newKey();
-  draft.setItem(UNANSWERED, JSON.stringify({ ...unanswered(), [text]: key }));
-  return key;
+  const keys = unanswered();
+  keys[text] ??= newKey();
+  draft.setItem(UNANSWERED, JSON.stringify(keys));
+  return keys[text];
 }
 
 function forget(text) {
@@ -262,7 +262,7 @@ export async function again({ prompt, model }) {
   try {
     await begin(); // they may not be known yet
   } catch (error) {
-    return say(`${error}`, true);
+    return complain(error);
   }
   if (!strict) admit(model);
   if (names().includes(model)) offer(model);
