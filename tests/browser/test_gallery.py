@@ -80,6 +80,16 @@ def look(page):
     page.wait_for_timeout(200)  # for what it does with the answer
 
 
+def scroll(page, cards):
+    """Scroll down until there are so many cards."""
+    for _ in range(200):
+        if page.locator(".card").count() >= cards:
+            break
+        page.mouse.wheel(0, 9_000)
+        page.wait_for_timeout(100)
+    assert page.locator(".card").count() == cards
+
+
 def until(page, selector):
     page.locator(selector).first.wait_for(state="attached")
 
@@ -194,10 +204,11 @@ def test_what_got_no_answer_is_sent_again_as_the_same_request(visit, stack, lost
         page.reload()
         until(page, "#model option")
     assert page.input_value("#prompt") == prompt
-    page.once("request", lambda request: keys.append(request.headers["idempotency-key"]))
 
-    page.click("#send")
+    with page.expect_request("**/api/queue/create") as again:
+        page.click("#send")
 
+    keys.append(again.value.headers["idempotency-key"])
     page.locator("#said", has_text="That was made already").wait_for()
     card(page, prompt).locator(".badge.running, .badge.done").wait_for()
     assert (len(listed(stack, prompt)), len(set(keys))) == (1, 1)
@@ -486,10 +497,7 @@ def test_many_jobs_come_page_by_page_each_once_in_their_order(visit, stack):
     until(page, ".card .badge")
     assert page.locator(".card .badge").count() <= 100
 
-    for _ in range(12):
-        page.mouse.wheel(0, 9_000)
-        page.wait_for_timeout(120)
-    page.wait_for_function("() => document.querySelectorAll('.card').length === 200")
+    scroll(page, 200)
 
     prompts = page.locator(".card .prompt").all_inner_texts()
     first = stack.call("GET", "/api/jobs", params={"q": text, "limit": 100})
@@ -519,10 +527,7 @@ def test_more_jobs_than_one_answer_has_come_meanwhile_and_none_is_left_out(visit
     page.evaluate("dispatchEvent(new PopStateEvent('popstate'))")
 
     page.wait_for_function("() => document.querySelectorAll('.card .badge').length > 40")
-    for _ in range(12):
-        page.mouse.wheel(0, 9_000)
-        page.wait_for_timeout(120)
-    page.wait_for_function("() => document.querySelectorAll('.card').length === 201")
+    scroll(page, 201)
     assert page.locator(".card .prompt").all_inner_texts()[-1] == f"{text} before"
     for _ in range(3):
         stack.call("POST", "/api/jobs/bulk", json={"do": "cancel", "filter": {"q": text}, "limit": 100})
@@ -633,8 +638,9 @@ def test_it_looks_seldom_while_nothing_runs_or_nobody_sees_it(visit, stack, hidd
     page.clock.run_for((seconds - 2) * 1000)
     page.wait_for_timeout(200)
     early = len(asked)
-    page.clock.run_for(3_000)
-    page.wait_for_timeout(300)
+    with page.expect_request("**/api/jobs?*"):
+        page.clock.run_for(3_000)
+    page.wait_for_timeout(300)  # in which no second one may come
 
     assert (early, len(asked)) == (0, 1)
     stack.call("POST", "/api/jobs/bulk", json={"do": "cancel", "filter": {"q": text}})
@@ -651,7 +657,7 @@ def test_a_list_without_an_answer_keeps_no_job_from_being_opened(visit, stack):
 
     card(page, prompt).locator("a").click()
 
-    page.locator("#job dl").wait_for(timeout=3_000)
+    page.locator("#job dl").wait_for(timeout=12_000)  # less than the page waits for the list
 
 
 # One job
