@@ -1,6 +1,8 @@
 """HTTP connections that are cut when their exchange lasts too long, and that lead only where they are told to."""
 
 import contextlib
+import heapq
+import itertools
 import socket
 import threading
 import time
@@ -24,35 +26,92 @@ class Watch:
     """Cuts a connection when its exchange has lasted too long; a socket's own timeout is for each wait anew."""
 
     def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds  # of the machine: it is the machine's sockets that hang
-        self._sock: socket.socket | None = None
-        self._timer: threading.Timer | None = None
+        self.end = time.monotonic() + seconds  # of the machine: it is the machine's sockets that hang
+        self.is_over = False
         self.cut = False
+        self._sock: socket.socket | None = None
+        self._lock = threading.Lock()
 
     def over(self, sock: socket.socket) -> None:
         """From now on watch this socket."""
-        self.stop()
-        # A second handle on the same connection: TLS takes the first one away while it shakes hands.
-        self._sock = socket.fromfd(sock.fileno(), sock.family, sock.type)
-        self._timer = threading.Timer(max(0.0, self.left), self._shut, (self._sock,))
-        self._timer.daemon = True
-        self._timer.start()
+        with self._lock:
+            is_first = self._sock is None
+            self._close()
+            # A second handle on the same connection: TLS takes the first one away while it shakes hands.
+            self._sock = socket.fromfd(sock.fileno(), sock.family, sock.type)
+            if self.cut:
+                self._shut()
+        if is_first:
+            _scissors.watch(self)
 
-    def _shut(self, sock: socket.socket) -> None:
-        self.cut = True
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+    def cut_off(self) -> None:
+        """The time is over; nothing is done where the exchange was over before."""
+        with self._lock:
+            if not self.is_over:
+                self.cut = True
+                self._shut()
 
     @property
     def left(self) -> float:
         """Seconds until then; negative afterwards."""
-        return self._end - time.monotonic()
+        return self.end - time.monotonic()
 
     def stop(self) -> None:
         """The exchange is over."""
-        if self._timer is not None and self._sock is not None:
-            self._timer.cancel()
+        with self._lock:
+            self.is_over = True
+            self._close()
+
+    def _shut(self) -> None:
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _close(self) -> None:
+        if self._sock is not None:
             self._sock.close()
+
+
+class _Scissors:
+    """Cuts off what is watched, in one thread for all: a thread for each exchange would cost more than the exchange."""
+
+    def __init__(self) -> None:
+        self._watches: list[tuple[float, int, Watch]] = []  # a heap; the number is for those that end at one instant
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, watch: Watch) -> None:
+        """Cut it off at its end, unless it is over by then."""
+        with self._changed:
+            self._forget_those_over()
+            is_next = not self._watches or watch.end < self._watches[0][0]
+            heapq.heappush(self._watches, (watch.end, next(self._numbers), watch))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="scissors", daemon=True)
+                self._thread.start()
+            elif is_next:
+                self._changed.notify()
+
+    def _forget_those_over(self) -> None:
+        while self._watches and self._watches[0][2].is_over:
+            heapq.heappop(self._watches)
+
+    def _run(self) -> None:
+        while True:
+            self._next().cut_off()
+
+    def _next(self) -> Watch:
+        """The one whose end is next, when it is there."""
+        with self._changed:
+            while True:
+                wait = self._watches[0][0] - time.monotonic() if self._watches else None
+                if wait is not None and wait <= 0:
+                    return heapq.heappop(self._watches)[2]
+                self._changed.wait(wait)
+
+
+_scissors = _Scissors()
 
 
 class _Current(threading.local):

@@ -174,8 +174,7 @@ class Job:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Job":
         """A job from a row of any query on `jobs`; NULL in a column that has no None is its default."""
-        known = {column.name for column in fields(cls)}
-        return cls(**{name: value for name, value in row.items() if name in known and value is not None})
+        return cls(**{name: value for name, value in row.items() if name in COLUMNS and value is not None})
 
     @property
     def state(self) -> State:
@@ -233,6 +232,9 @@ class Job:
             for place in picture["at"]:
                 _put_in(payload, place, sign(picture["key"]))
         return payload
+
+
+COLUMNS = frozenset(column.name for column in fields(Job))
 
 
 @dataclass(frozen=True, kw_only=True)

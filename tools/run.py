@@ -66,6 +66,13 @@ def read_arguments() -> argparse.Namespace:
         help="use the real ones of runpod,d1,r2, by the settings in .env.local",
     )
     parser.add_argument(
+        "--latency",
+        type=float,
+        default=0.0,
+        metavar="FACTOR",
+        help="1 has the local cloud answer as late as the real ones are expected to, 0.1 ten times sooner (default: 0)",
+    )
+    parser.add_argument(
         "--cloud-only", action="store_true", help="start only the local cloud, for `chalice local` beside it"
     )
     return parser.parse_args()
@@ -112,8 +119,9 @@ def start(options: argparse.Namespace, children: dict[str, subprocess.Popen[byte
             raise Problem(
                 f"--port and --cloud-port are both {options.port}; the API and the local cloud need one each."
             )
+        latency = ["--latency", str(options.latency)]
         children["local cloud"] = processes.spawn(
-            "tools.cloud", str(options.cloud_port), str(folder / "cloud"), *_endpoints(), env=env
+            "tools.cloud", str(options.cloud_port), str(folder / "cloud"), *_endpoints(), *latency, env=env
         )
         _wait_for(f"http://127.0.0.1:{options.cloud_port}/", children)
         _apply_schema(env, real="d1" in options.real)

@@ -53,6 +53,11 @@ def open_database(path: Path) -> sqlite3.Connection:
     return connection
 
 
+# Seconds that the real ones take to answer, from afar, where the local cloud is to be as slow: RunPod's /run and its
+# other calls, the host of a link, D1, R2 and its public address.
+LATENCY = {"run": 0.15, "runpod": 0.08, "results": 0.15, "d1": 0.12, "r2": 0.12, "cdn": 0.12}
+
+
 @dataclass(frozen=True)
 class Account:
     """What the local cloud accepts; nothing in here is secret."""
@@ -69,10 +74,20 @@ class Account:
 
 
 class LocalCloud:
-    """All parts over one folder; `calls` counts requests by part, `clock` gives the time that RunPod's runs go by."""
+    """
+    All parts over one folder; `calls` counts requests by part, `clock` gives the time that RunPod's runs go by.
+
+    With a `latency` every answer waits for that many times what LATENCY says.
+    """
 
     def __init__(
-        self, folder: Path, *, base_url: str, account: Account | None = None, clock: Callable[[], float] = time.time
+        self,
+        folder: Path,
+        *,
+        base_url: str,
+        account: Account | None = None,
+        clock: Callable[[], float] = time.time,
+        latency: float = 0.0,
     ) -> None:
         from tools.cloud.d1 import D1
         from tools.cloud.r2 import R2, PublicBucket
@@ -82,6 +97,7 @@ class LocalCloud:
         self.account = account or Account()
         self.base_url = base_url
         self.calls: Counter[str] = Counter()
+        self._latency = latency
         self._count_lock = threading.Lock()
         self.d1 = D1(folder / "d1.sqlite", self.account)
         self.r2 = R2(folder / "r2", self.account, host=base_url.partition("//")[2], clock=clock)
@@ -100,6 +116,8 @@ class LocalCloud:
             if request.path.startswith(prefix):
                 with self._count_lock:
                     self.calls[name] += 1
+                if self._latency:
+                    time.sleep(self._latency * LATENCY["run" if request.path.endswith("/run") else name])
                 return part(request)
         return json_answer(
             404, {"error": "The local cloud has /client/v4 (D1), /v2 (RunPod), /r2 (S3), /cdn and /results."}

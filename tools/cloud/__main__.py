@@ -1,9 +1,12 @@
 """
-The local cloud as a process: `python -m tools.cloud PORT FOLDER [ENDPOINT …]`; it ends when its standard input does.
+The local cloud as a process: `python -m tools.cloud PORT FOLDER [ENDPOINT …] [--latency FACTOR]`; it ends when its
+standard input does.
 
-The endpoints are those that the account has besides its first.
+The endpoints are those that the account has besides its first. With a latency of 1 it answers as late as the real
+clouds are expected to, with 0.1 ten times sooner; without it at once.
 """
 
+import argparse
 import sqlite3
 import sys
 from pathlib import Path
@@ -14,10 +17,22 @@ from tools.processes import end_with_parent
 
 if __name__ == "__main__":
     end_with_parent()
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.cloud", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("port", type=int)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("endpoints", nargs="*")
+    parser.add_argument("--latency", type=float, default=0.0)
+    options = parser.parse_args()
     try:
-        server = CloudServer(int(sys.argv[1]))
-        account = Account(endpoints=tuple(sys.argv[3:]))
-        server.cloud = LocalCloud(Path(sys.argv[2]), base_url=server.base_url, account=account)
+        server = CloudServer(options.port)
+        server.cloud = LocalCloud(
+            options.folder,
+            base_url=server.base_url,
+            account=Account(endpoints=tuple(options.endpoints)),
+            latency=options.latency,
+        )
     except (OSError, sqlite3.Error) as error:
-        sys.exit(f"The local cloud cannot use {sys.argv[2]}: {error}")
+        sys.exit(f"The local cloud cannot use {options.folder}: {error}")
     server.serve_forever()

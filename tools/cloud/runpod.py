@@ -3,19 +3,21 @@ RunPod's queue API: runs wait, work and end by the clock, and are forgotten half
 
 An input may carry `simulate` to have another run than the usual one: {"queue_seconds", "run_seconds", "status",
 "error", "shape": "base64" | "data_url" | "link" | "none", "output": what the worker returns, instead of a picture,
-"progress": the number of pieces of work, of which a worker tells how many it has done}. Beside it `webhook` and
-`policy` (`executionTimeout`, `ttl`) are RunPod's own. What the workers draw is in worker.py.
+"progress": the number of pieces of work, of which a worker tells how many it has done, "bytes": that the picture has
+at least}. Beside it `webhook` and `policy` (`executionTimeout`, `ttl`) are RunPod's own. What the workers draw is in
+worker.py.
 
 `POST /v2/{endpoint}/simulate/health` is the local cloud's own too: {"workers": {"throttled": 3}} has health tell these
 workers, and none of another kind; with "hold": true beside it no worker takes a run. So it stays until the next such
 call says otherwise ({"workers": null}: all is as usual), or the process ends.
 """
 
+import contextlib
 import json
 import math
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,10 +204,18 @@ class Runpod:
             ttl_ms=policy.get("ttl"),
             not_before=math.inf if endpoint_id in self._held else None,
         )
-        self._insert(run)
+        self.insert(run)
         return json_answer(200, {"id": run.id, "status": "IN_QUEUE"})
 
-    def _insert(self, run: Run) -> None:
+    @contextlib.contextmanager
+    def all_at_once(self) -> Iterator[None]:
+        """Have the runs that are inserted meanwhile written together; nobody else may use the cloud meanwhile."""
+        self._execute("BEGIN")
+        yield
+        self._execute("COMMIT")
+
+    def insert(self, run: Run) -> None:
+        """Put a run into the table, as /run does."""
         self._execute(
             "INSERT INTO runs (id, endpoint_id, input, created_at, webhook, execution_timeout_ms, ttl_ms, not_before, "
             "deliver_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",

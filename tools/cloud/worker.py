@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import lru_cache
 from typing import Any
 
 import requests
@@ -60,7 +61,7 @@ class Worker:
         prompt = _text(run.input, "prompt", "text") or str(run.input.get("prompt", ""))
         url = _text(run.input, "image_url")
         if url is None:
-            return draw(prompt)
+            return _filled(draw(prompt), run.wish.get("bytes", 0))
         picture, is_new = self._kept(run.id)
         if is_new:
             try:
@@ -110,6 +111,12 @@ def _body(answer: requests.Response, end: float) -> bytes:
         if time.monotonic() > end:
             raise OSError("it takes more than 5 s")
     return bytes(content)
+
+
+@lru_cache(maxsize=4)
+def _filled(picture: bytes, size: int) -> bytes:
+    """The picture with as much behind its end, where every decoder stops, that it has so many bytes."""
+    return picture.ljust(size, b"\0")
 
 
 def _text(given: dict[str, Any], *names: str) -> str | None:
