@@ -98,9 +98,11 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
     d1 = make_d1(config, wire, clock, rng=rng, fresh=fresh)
     runpod = Runpod(
         wire=wire,
+        clock=clock,
         base_url=config.runpod_api_base,
         api_key=_credential(lambda given: given.runpod_api_key, config, fresh),
     )
+    webhooks = Webhooks(config.public_base_url, config.webhook_secret)
     store = Store(
         d1=d1,
         models=models,
@@ -108,6 +110,7 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
         submit_unknown_wait=config.submit_unknown_wait,
         total_deadline=config.total_deadline,
         max_queued=config.max_queued,
+        has_webhooks=webhooks.are_on,
     )
     reads = Reads(d1=d1, clock=clock)
     guard = Guard(config.result_allowed_private_hosts)
@@ -120,7 +123,6 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
         public_base_url=config.r2_public_base_url,
     )
     spool = Spool(config.spool_bucket) if config.spool_bucket else None
-    webhooks = Webhooks(config.public_base_url, config.webhook_secret)
     steps = Steps(
         runpod=runpod,
         results=Results(fetch=fetch, bucket=bucket, spool=spool, clock=clock),
@@ -162,6 +164,7 @@ def build_on(given: Machine, config: Settings, *, load: Callable[[], Settings] |
         models=models,
         courier=courier,
         uploads=uploads,
+        skip_idle_rounds=config.skip_idle_rounds,
         new_crew=given.new_crew,
     )
     return Service(

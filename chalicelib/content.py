@@ -13,7 +13,8 @@ MAX_BYTES = 200_000_000  # of one file of a result
 IN_MEMORY_BYTES = 1_000_000  # a file over this lies on disk
 SMALL_BYTES = 16 * 1024 * 1024  # files over this wait for one another
 
-# A Lambda function has 512 MB of disk: one large file at a time, beside small ones in all other threads, fits in it.
+# A Lambda function has 512 MB of disk: one large file at a time, beside fifteen small ones, fits in it.
+_on_disk = threading.BoundedSemaphore(16)
 _large = threading.BoundedSemaphore(1)
 
 
@@ -28,7 +29,7 @@ class Content:
         self._deadline = deadline
         self._sha256 = hashlib.sha256()
         self._md5 = hashlib.md5(usedforsecurity=False)  # what R2's ETag of an object is
-        self._is_large = False
+        self._turns: list[threading.BoundedSemaphore] = []
 
     def __enter__(self) -> "Content":
         return self
@@ -41,8 +42,8 @@ class Content:
         except OSError:  # what could not be written for want of room cannot be now either; the room is given back
             pass
         finally:
-            if self._is_large:
-                _large.release()
+            for turn in self._turns:
+                turn.release()
 
     @property
     def sha256(self) -> bytes:
@@ -63,8 +64,10 @@ class Content:
         self.size += len(piece)
         if self.size > self._most:
             raise too_large(self._most)
-        if self.size > SMALL_BYTES and not self._is_large:
-            self._take_turn()
+        if self.size > IN_MEMORY_BYTES:
+            self._take_turn(_on_disk)
+        if self.size > SMALL_BYTES:
+            self._take_turn(_large)
         try:
             self.file.write(piece)
         except OSError as error:
@@ -80,14 +83,16 @@ class Content:
             raise _no_room() from error
         return self.file
 
-    def _take_turn(self) -> None:
-        if not _large.acquire(timeout=max(0.0, self._deadline.left())):
+    def _take_turn(self, turn: threading.BoundedSemaphore) -> None:
+        if turn in self._turns:
+            return
+        if not turn.acquire(timeout=max(0.0, self._deadline.left())):
             raise TransientError(
                 "result_no_room",
-                "Another large result had not been stored in time for this one.",
+                "Other large results had not been stored in time for this one.",
                 service="result",
             )
-        self._is_large = True
+        self._turns.append(turn)
 
 
 def _no_room() -> TransientError:

@@ -134,6 +134,11 @@ class Models:
         """The endpoint of each model that has one of its own."""
         return {name: model.endpoint for name, model in self.known.items() if model.endpoint}
 
+    @cached_property
+    def usual_seconds(self) -> dict[str, float]:
+        """The seconds that a run usually takes, of each model of which that is known."""
+        return {name: model.usual_seconds for name, model in self.known.items() if model.usual_seconds}
+
     def check(self) -> None:
         """What is not looked at when the file is read, for it takes a library. Raises SettingError."""
         for model in self.known.values():

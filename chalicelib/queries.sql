@@ -249,9 +249,17 @@ ON CONFLICT DO NOTHING
 
 
 -- name: claim_polls
--- Take due polls for this round. No lease and no new version: looking twice does no harm.
+-- Take due polls for this round. No lease and no new version: looking twice does no harm. When it is due again stands in
+-- :poll_again_at by the whole minutes that it has taken, or its model usually takes if these are more.
 UPDATE jobs
-SET claimer = :nonce, due_at = :poll_again_at, deadline_at = coalesce(deadline_at, :deadline_at)
+SET
+  claimer = :nonce,
+  due_at = json_extract(:poll_again_at, '$[' || min(json_array_length(:poll_again_at) - 1, max(
+    0,
+    CAST(coalesce((julianday(:now) - julianday(coalesce(submitted_at, updated_at))) * 1440, 0) AS INTEGER),
+    CAST(coalesce((SELECT own.value FROM json_each(:usual_seconds) AS own WHERE own.key = coalesce(jobs.model, 'qwen-image')), 0) / 60 AS INTEGER)
+  )) || ']'),
+  deadline_at = coalesce(deadline_at, :deadline_at)
 WHERE id IN (
   SELECT id
   FROM jobs
@@ -288,6 +296,11 @@ FROM jobs
 WHERE status IN ('queued', 'running') AND step = 'store' AND due_at <= :now AND holds + 1 >= CAST(:suspect AS INTEGER)
 ORDER BY due_at
 LIMIT 1
+
+
+-- name: select_live
+-- Whether there is anything to do, now or later.
+SELECT 1 AS live FROM jobs INDEXED BY jobs_due WHERE status IN ('queued', 'running') AND step IN ('submit', 'submitting', 'poll', 'store') LIMIT 1
 
 
 -- name: select_claimed

@@ -5,6 +5,7 @@ Claim → work → save: one D1 call takes what is due, threads ask RunPod and R
 in groups. So the number of D1 calls does not grow with the number of jobs.
 """
 
+import contextlib
 import threading
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,11 +14,12 @@ from random import Random
 from chalicelib import log, moves
 from chalicelib.errors import IllegalTransition, ServiceError, TransientError
 from chalicelib.jobs import FINAL, Change, Job, State, to_text
+from chalicelib.room import Place, Room
 from chalicelib.runpod import Answer
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saved, Saver
 from chalicelib.steps import Steps
-from chalicelib.store import Limits, Store, new_nonce
+from chalicelib.store import Claimed, Limits, Store, new_nonce
 
 SAVE_EVERY = 1.0  # seconds between saves while work goes on; Cloudflare allows four calls a second for everything
 CLAIM_TIMEOUT = 12.0  # seconds
@@ -30,26 +32,42 @@ STORE_MARGIN = 0.5  # over what the step itself wants
 
 SUBMITS_PER_ROUND = 200
 
-# Bytes of results kept in memory until they may be stored; for the others RunPod is asked again.
-KEPT_ANSWER_BYTES = 32_000_000
+# Results first, which RunPod forgets, then runs to send, which need time.
+ORDER = [State.STORE, State.SUBMITTING, State.POLL]
+
+# Bytes of RunPod's answers that are in memory at once; one takes twice its size while it is read.
+ROOM_BYTES = 48_000_000
+# Of them those that are kept until their results may be stored; for the others RunPod is asked again. Whoever reads one
+# meanwhile waits for nobody but others who read or store, so that there is always somebody who goes on.
+KEPT_ANSWER_BYTES = ROOM_BYTES // 2
 
 
 @dataclass(kw_only=True)
 class Report:
-    """What a round did: statuses asked, runs sent, and the jobs that became final."""
+    """What a round did: statuses asked, runs sent, the jobs that became final; whether there was none that was not."""
 
     checked: int = 0
     submitted: int = 0
+    idle: bool = False
     updated: list[Job] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a poll has seen of a result: its size in bytes, and the answer with its room where that is kept."""
+
+    size: int
+    answer: Answer | None = None
+    place: Place | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a step came to: the change to save, if any; whether RunPod was asked for a status, and what it answered."""
+    """What a step came to: the change to save, if any; whether RunPod was asked; what was seen of a result."""
 
     change: Change | None = None
     asked: bool = False
-    answer: Answer | None = None
+    seen: Seen | None = None
 
 
 class DoubtfulClaim:
@@ -86,7 +104,10 @@ class Round:
 
     def __post_init__(self) -> None:
         self._report = Report()
-        self._answers: dict[str, Answer] = {}
+        self._room = Room(ROOM_BYTES)
+        self._seen: dict[str, Seen] = {}
+        self._kept_bytes = 0
+        self._keeping = threading.Lock()
         self._saves_refused = False
         self._saved_at = self.clock.monotonic()
 
@@ -95,8 +116,10 @@ class Round:
         self._go_on(self.saver.flush(self.deadline))
         suspect = None
         try:
-            claimed, suspect = self._claim(ignore_due)
-            for job in claimed:
+            claimed = self._claim(ignore_due)
+            suspect = claimed.suspect
+            self._report.idle = not claimed.any_live and not self.saver.backlog
+            for job in sorted(claimed.jobs, key=lambda job: ORDER.index(job.state)):
                 self._start(job)
         finally:
             self._collect()
@@ -134,16 +157,12 @@ class Round:
         self._collect()
         return self._report
 
-    def _claim(self, ignore_due: bool) -> tuple[list[Job], Job | None]:
-        """
-        What is due: results first, which RunPod forgets, then runs to send, which need time, then polls.
-
-        Second comes a result that must be stored alone, which is not yet claimed.
-        """
+    def _claim(self, ignore_due: bool) -> Claimed:
+        """What is due; a result that must be stored alone is not yet claimed."""
         submits = SUBMITS_PER_ROUND if self.deadline.left() > SUBMIT_BUDGET and not self._saves_refused else 0
         nonce = self.doubtful.take() or new_nonce(self.rng)
         try:
-            claimed, suspect = self.store.claim(
+            return self.store.claim(
                 nonce=nonce,
                 now=self.clock.now(),
                 limits=Limits(submits=submits),
@@ -156,18 +175,16 @@ class Round:
             # asks for it by this name.
             self.doubtful.put(nonce)
             raise
-        order = [State.STORE, State.SUBMITTING, State.POLL]
-        return sorted(claimed, key=lambda job: order.index(job.state)), suspect
 
     def _lease(self) -> float:
         """Seconds for which a result is ours: until this invocation must be dead, and a little more."""
         return max(0.0, self.deadline.left()) + LEASE_MARGIN
 
-    def _start(self, job: Job, answer: Answer | None = None) -> None:
+    def _start(self, job: Job, seen: Seen | None = None) -> None:
         if job.state is not State.STORE or self._leased(job):
-            self.crew.start(lambda: self._work(job, answer))
+            self.crew.start(lambda: self._work(job, seen))
 
-    def _work(self, job: Job, answer: Answer | None) -> Outcome:
+    def _work(self, job: Job, seen: Seen | None) -> Outcome:
         """One step in a thread of the crew; whatever goes wrong concerns this job alone."""
         try:
             match job.state:
@@ -176,7 +193,7 @@ class Round:
                 case State.POLL:
                     return self._poll(job)
                 case State.STORE:
-                    return self._store_result(job, answer)
+                    return self._store_result(job, seen)
                 case _:
                     raise IllegalTransition(
                         "illegal_transition", f"Job {job.id} is at {job.state}: no step of a round."
@@ -202,13 +219,41 @@ class Round:
     def _poll(self, job: Job) -> Outcome:
         if self.deadline.left() < POLL_BUDGET:
             return Outcome()
-        change, answer = self.steps.poll(job, self.deadline, lease=self._lease())
-        return Outcome(change=change, asked=True, answer=answer)
+        with contextlib.ExitStack() as until_here:
+            place = until_here.enter_context(Place(self._room))
+            change, answer = self.steps.poll(job, self.deadline, lease=self._lease(), place=place)
+            if answer is None or change is None or change.event != "completed":
+                return Outcome(change=change, asked=True)
+            if not self._may_keep(answer):
+                return Outcome(change=change, asked=True, seen=Seen(size=answer.bytes))
+            until_here.pop_all()
+            return Outcome(change=change, asked=True, seen=Seen(size=answer.bytes, answer=answer, place=place))
 
-    def _store_result(self, job: Job, answer: Answer | None) -> Outcome:
-        if self.deadline.left() < self._store_budget():
-            return Outcome(change=moves.put_back(job, now=self.clock.now()))
-        return Outcome(change=self.steps.store(job, answer, self.deadline))
+    def _may_keep(self, answer: Answer) -> bool:
+        with self._keeping:
+            fits = self._kept_bytes + answer.bytes <= KEPT_ANSWER_BYTES
+            self._kept_bytes += answer.bytes if fits else 0
+            return fits
+
+    def _store_result(self, job: Job, seen: Seen | None) -> Outcome:
+        time_left = self.deadline.left() - self._store_budget()
+        with self._place_for(seen) as place:
+            try:
+                if time_left < 0 or not place.take(seen.size if seen else 0, timeout=time_left):
+                    return Outcome(change=moves.put_back(job, now=self.clock.now()))
+                answer = seen.answer if seen else None
+                return Outcome(change=self.steps.store(job, answer, self.deadline, place=place))
+            finally:
+                self._let_go(seen)
+
+    def _place_for(self, seen: Seen | None) -> Place:
+        return seen.place if seen and seen.place else Place(self._room)
+
+    def _let_go(self, seen: Seen | None) -> None:
+        if seen and seen.place:
+            seen.place.leave()
+            with self._keeping:
+                self._kept_bytes -= seen.size
 
     def _store_budget(self) -> float:
         return self.steps.store_reserve + STORE_MARGIN
@@ -232,17 +277,16 @@ class Round:
             self._report.checked += outcome.asked
             if outcome.change is not None:
                 changes.append(outcome.change)
-                self._keep_answer(outcome.change, outcome.answer)
+                if outcome.seen:
+                    self._seen[outcome.change.job.id] = outcome.seen
         return changes
-
-    def _keep_answer(self, change: Change, answer: Answer | None) -> None:
-        kept = sum(answer.bytes for answer in self._answers.values())
-        if change.event == "completed" and answer is not None and kept + answer.bytes <= KEPT_ANSWER_BYTES:
-            self._answers[change.job.id] = answer
 
     def _save(self, changes: list[Change]) -> None:
         self._saved_at = self.clock.monotonic()
         self._go_on(self.saver.save(changes, self.deadline))
+        for seen in self._seen.values():  # of those that did not win
+            self._let_go(seen)
+        self._seen.clear()
 
     def _go_on(self, saved: Saved) -> None:
         """Take the next step of what was won: whoever saved `completed` holds the lease and stores."""
@@ -256,7 +300,7 @@ class Round:
             if job.state in FINAL:
                 self._report.updated.append(job)
             elif change.event == "completed":
-                self._start(job, self._answers.pop(job.id, None))
+                self._start(job, self._seen.pop(job.id, None))
 
     def _leased(self, job: Job) -> bool:
         """Whether the lease lasts for as long as we do; that of a save kept from an earlier invocation does not."""

@@ -1,18 +1,28 @@
 """RunPod's queue API: send a run, ask for it, stop it. It has no idempotency key, so /run is sent once."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 from urllib.parse import quote
 
 from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
-from chalicelib.wire import Reply, Wire, exchange_as
+from chalicelib.pace import Pace
+from chalicelib.room import Place
+from chalicelib.runtime import Clock
+from chalicelib.wire import Head, Reply, Wire, exchange_as
 
 MAX_ANSWER_BYTES = 32_000_000  # RunPod bounds a result at 20 MB
 FINAL_REFUSALS = (400, 413, 422)  # the payload is at fault; 400 is also how a body over 10 MiB is answered
+# Calls that are made of one endpoint within ten seconds; RunPod allows a tenth more of each, for all that use the key
+# together: https://docs.runpod.io/serverless/endpoints/operation-reference
+CALLS = {"run": 900, "status": 1800, "cancel": 90}
+CALLS_WITHIN = 10.0  # seconds
+REST = 2.0  # seconds after it was too many all the same, where RunPod does not say for how long
+
 UNAUTHORIZED = (401, 403)  # the key; as with an unknown endpoint (404) and 429, nothing was accepted, and may be later
 
 
@@ -53,10 +63,13 @@ class Answer:
 class Runpod:
     """One RunPod account; the endpoint is named in each call."""
 
-    def __init__(self, *, wire: Wire, base_url: str, api_key: Credential[str]) -> None:
+    def __init__(self, *, wire: Wire, clock: Clock, base_url: str, api_key: Credential[str]) -> None:
         self._wire = wire
         self._base_url = base_url
         self._api_key = api_key
+        self._paces: defaultdict[str, dict[str, Pace]] = defaultdict(
+            lambda: {verb: Pace(clock, calls=calls, seconds=CALLS_WITHIN) for verb, calls in CALLS.items()}
+        )
 
     def run(
         self,
@@ -66,9 +79,11 @@ class Runpod:
         webhook: str | None = None,
         policy: Mapping[str, int] | None = None,
         timeout: float,
+        turn_within: float = 0.0,
     ) -> tuple[str, str]:
         """
-        Begin a paid run; its id and status. `webhook` is told of its end, `policy` has its times in milliseconds.
+        Begin a paid run; its id and status. `webhook` is told of its end, `policy` has its times in milliseconds. Where
+        RunPod's limit of calls is reached, it waits so many seconds at most for its turn, before the `timeout` begins.
 
         Raises PermanentError where the payload is refused for good, TransientError where nothing was accepted now, and
         IndeterminateError where it may have been: that one must not be sent again blindly.
@@ -76,7 +91,9 @@ class Runpod:
         # Beside `input`, not in it: there only the worker would see them.
         beside = {"policy": policy, "webhook": webhook}
         body = {"input": payload, **{name: value for name, value in beside.items() if value}}
+        self._take_turn(endpoint_id, "run", turn_within)
         reply = self._call("POST", endpoint_id, "run", timeout=timeout, body=body)
+        self._heed(endpoint_id, "run", reply)
         if reply.status != 200:
             raise _refusal(reply)
         answer = _object(reply.body)
@@ -87,19 +104,35 @@ class Runpod:
             )
         return run_id, status if isinstance(status, str) else ""
 
-    def status(self, endpoint_id: str, run_id: str, *, timeout: float) -> Answer:
+    def status(
+        self, endpoint_id: str, run_id: str, *, place: Place | None = None, timeout: float, turn_within: float = 0.0
+    ) -> Answer:
         """
-        Ask for a run; asking changes nothing. Raises TransientError where there is no usable answer.
+        Ask for a run, in turn as in run(); asking changes nothing. Raises TransientError where there is no usable
+        answer, or in time no room for it, if it must have a `place` of its size.
 
         No parameter may ever be added to this URL: `?ttl=` would set the run's lifetime.
         """
+        self._take_turn(endpoint_id, "status", turn_within)
         try:
-            reply = self._call("GET", endpoint_id, f"status/{quote(run_id, safe='')}", timeout=timeout)
+            reply = self._call(
+                "GET",
+                endpoint_id,
+                f"status/{quote(run_id, safe='')}",
+                timeout=timeout,
+                on_head=lambda head: _take_room(place, head.size, timeout),
+            )
         except IndeterminateError as error:
             raise TransientError(error.code, error.sentence, service="runpod") from error
+        self._heed(endpoint_id, "status", reply)
         if reply.status == 404:
             return Answer(Verdict.NOT_FOUND)
-        answer = _object(reply.body)
+        size = len(reply.body)
+        # Of a large answer no more than two copies are in memory at a time: bytes and text, then text and object.
+        text = reply.body.decode("utf-8", "replace")
+        reply = replace(reply, body=b"")
+        answer = _object(text)
+        del text
         # In RunPod's error envelope `status` is the HTTP number; in a job it is a word.
         status = answer.get("status")
         if reply.status != 200 or not isinstance(status, str):
@@ -116,12 +149,14 @@ class Runpod:
             error=_text(answer.get("error")),
             queue_ms=_milliseconds(answer.get("delayTime")),
             execution_ms=_milliseconds(answer.get("executionTime")),
-            bytes=len(reply.body),
+            bytes=size,
         )
 
     def cancel(self, endpoint_id: str, run_id: str, *, timeout: float) -> None:
         """Stop a run that waits or works; one that RunPod no longer knows is fine. Raises as run() does."""
+        self._take_turn(endpoint_id, "cancel", 0.0)
         reply = self._call("POST", endpoint_id, f"cancel/{quote(run_id, safe='')}", timeout=timeout)
+        self._heed(endpoint_id, "cancel", reply)
         if reply.status not in (200, 404):
             raise _refusal(reply)
 
@@ -136,8 +171,23 @@ class Runpod:
         answer = _object(reply.body)
         return _counts(answer.get("workers")), _counts(answer.get("jobs"))
 
+    def _take_turn(self, endpoint_id: str, verb: str, within: float) -> None:
+        if not self._paces[endpoint_id][verb].take_turn(within=within):
+            raise _busy("", None)
+
+    def _heed(self, endpoint_id: str, verb: str, reply: Reply) -> None:
+        if reply.status == 429:
+            self._paces[endpoint_id][verb].rest(REST if reply.retry_after is None else reply.retry_after)
+
     def _call(
-        self, method: str, endpoint_id: str, operation: str, *, timeout: float, body: dict[str, Any] | None = None
+        self,
+        method: str,
+        endpoint_id: str,
+        operation: str,
+        *,
+        timeout: float,
+        body: dict[str, Any] | None = None,
+        on_head: Callable[[Head], None] | None = None,
     ) -> Reply:
         url = f"{self._base_url}/{quote(endpoint_id, safe='')}/{operation}"
         data = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
@@ -151,6 +201,7 @@ class Runpod:
             body=data,
             timeout=timeout,
             max_bytes=MAX_ANSWER_BYTES,
+            on_head=on_head,
         )
 
 
@@ -165,18 +216,18 @@ def condition_of(workers: Mapping[str, int]) -> Condition:
     return Condition.UNHEALTHY if workers.get("unhealthy", 0) else Condition.NONE
 
 
+def _take_room(place: Place | None, size: int, timeout: float) -> None:
+    if place is not None and not place.take(size, timeout=timeout):
+        raise TransientError("runpod_no_room", "There was no room in memory for RunPod's answer.", service="runpod")
+
+
 def _refusal(reply: Reply) -> ServiceError:
     reason = _text(_object(reply.body).get("detail") or _object(reply.body).get("error"))[:300]
     said = f" (HTTP {reply.status}{': ' + reason if reason else ''})"
     if reply.status in FINAL_REFUSALS:
         return PermanentError("runpod_refused", f"RunPod refused the input{said}.", service="runpod")
     if reply.status == 429:
-        return TransientError(
-            "runpod_busy",
-            f"RunPod takes no more requests for a while{said}.",
-            service="runpod",
-            retry_after=reply.retry_after,
-        )
+        return _busy(said, reply.retry_after)
     if reply.status in UNAUTHORIZED:
         return TransientError(
             "runpod_unauthorized", f"RunPod refused the key{said}; check RUNPOD_API_KEY.", service="runpod"
@@ -192,12 +243,18 @@ def _refusal(reply: Reply) -> ServiceError:
     )
 
 
+def _busy(said: str, retry_after: float | None) -> TransientError:
+    return TransientError(
+        "runpod_busy", f"RunPod takes no more requests for a while{said}.", service="runpod", retry_after=retry_after
+    )
+
+
 def _verdict(status: str) -> Verdict:
     final = (Verdict.COMPLETED, Verdict.FAILED, Verdict.CANCELLED, Verdict.TIMED_OUT)
     return Verdict(status) if status in final else Verdict.UNFINISHED
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def _object(body: bytes | str) -> dict[str, Any]:
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):

@@ -189,6 +189,12 @@ class Settings:
         default="",
         secret=True,
     )
+    skip_idle_rounds: bool = _setting(
+        "`true` ends a minute's run of the schedule after a round that finds no unfinished job: it costs least, but "
+        "the next job is looked at up to 45 s later, if RunPod does not tell of its end",
+        _flag,
+        default="false",
+    )
     spool_bucket: str = _setting(
         "AWS S3 bucket where finished pictures wait while R2 fails; empty: they wait at RunPod, half an hour at most",
         _name_or_empty,

@@ -14,6 +14,7 @@ from chalicelib.jobs import Change, Job
 from chalicelib.models import Models
 from chalicelib.results import Results
 from chalicelib.retry import Attempts
+from chalicelib.room import Place
 from chalicelib.runpod import Answer, Runpod, Verdict
 from chalicelib.runtime import Clock, Deadline
 from chalicelib.webhooks import Webhooks
@@ -75,6 +76,7 @@ class Steps:
                 webhook=self.webhooks.url(job.id, job.attempt),
                 policy=self.deadlines.policy(job),
                 timeout=timeout,
+                turn_within=deadline.left() - timeout - SAVE_RESERVE,
             )
         except TransientError as error:
             return moves.give_back(job, _unsigned(error), now=self.clock.now(), rng=self.rng)
@@ -89,14 +91,16 @@ class Steps:
         left = deadlines.seconds_left(job, self.clock.now())
         return self.results.bucket.presign(key, seconds=min(max(left, MIN_SIGNED), deadlines.MAX_POLICY_SECONDS))
 
-    def poll(self, job: Job, deadline: Deadline, *, lease: float) -> tuple[Change | None, Answer | None]:
+    def poll(
+        self, job: Job, deadline: Deadline, *, lease: float, place: Place | None = None
+    ) -> tuple[Change | None, Answer | None]:
         """
         Ask RunPod for the run; what it answered comes too, so that the picture in it need not be asked for again.
 
         Raises TransientError where there was no answer: a paid run is not given up for that.
         """
         try:
-            answer = self._ask(job, deadline, reserve=SAVE_RESERVE)
+            answer = self._ask(job, deadline, reserve=SAVE_RESERVE, place=place)
         except TransientError:
             if self._ends_unseen(job, deadline):
                 return self._stopped(job, deadlines.too_late(), {}), None
@@ -105,7 +109,7 @@ class Steps:
         told = why is not None and self._tell_to_stop(job, deadline)
         if told:
             with contextlib.suppress(ServiceError):  # it may have been finished just before
-                answer = self._ask(job, deadline, reserve=SAVE_RESERVE)
+                answer = self._ask(job, deadline, reserve=SAVE_RESERVE, place=place)
         return self._judge(job, answer, lease, why, told=told), answer
 
     def _ends_unseen(self, job: Job, deadline: Deadline) -> bool:
@@ -125,13 +129,13 @@ class Steps:
             return None
         return moves.accept(job, runpod_job_id=run_id, runpod_status=answer.status, adopted=True, now=self.clock.now())
 
-    def store(self, job: Job, answer: Answer | None, deadline: Deadline) -> Change:
+    def store(self, job: Job, answer: Answer | None, deadline: Deadline, *, place: Place | None = None) -> Change:
         """Put the finished result into R2; without the answer of the poll RunPod is asked again."""
         if job.holds >= MAX_HOLDS:
             return moves.bury(job, _poison(), now=self.clock.now())
         if job.warnings is None:
             try:
-                answer = answer or self._ask_for_result(job, deadline)
+                answer = answer or self._ask_for_result(job, deadline, place)
             except ServiceError as error:
                 if not self._can_do_without(job, error):
                     return self.not_stored(job, error)
@@ -215,9 +219,15 @@ class Steps:
     def _endpoint(self, job: Job) -> str:
         return job.endpoint_id or self.default_endpoint_id
 
-    def _ask(self, job: Job, deadline: Deadline, *, reserve: float) -> Answer:
+    def _ask(self, job: Job, deadline: Deadline, *, reserve: float, place: Place | None = None) -> Answer:
         timeout = deadline.cap(STATUS_TIMEOUT, reserve=reserve)
-        return self.runpod.status(self._endpoint(job), job.runpod_job_id or "", timeout=timeout)
+        return self.runpod.status(
+            self._endpoint(job),
+            job.runpod_job_id or "",
+            place=place,
+            timeout=timeout,
+            turn_within=deadline.left() - timeout - reserve,
+        )
 
     def _judge(
         self, job: Job, answer: Answer, lease: float, why: PermanentError | None, *, told: bool
@@ -293,8 +303,8 @@ class Steps:
         except ValueError:
             return self.clock.now()
 
-    def _ask_for_result(self, job: Job, deadline: Deadline) -> Answer:
-        answer = self._ask(job, deadline, reserve=self.store_reserve)
+    def _ask_for_result(self, job: Job, deadline: Deadline, place: Place | None) -> Answer:
+        answer = self._ask(job, deadline, reserve=self.store_reserve, place=place)
         if answer.verdict is Verdict.NOT_FOUND:
             # It was there; a single 404 is no proof that it is gone, and trying again costs nothing.
             raise TransientError(

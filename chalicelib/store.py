@@ -12,7 +12,11 @@ from chalicelib.models import Models
 from chalicelib.moves import PROGRESS
 from chalicelib.queries import bind
 
-POLL_AGAIN = 12  # seconds; under the 15 s grid, so that every running job is looked at in each round
+# After how many seconds a run is looked at again that has taken less than a minute, or less than two, and so on: a
+# quarter of its time or sooner, where RunPod tells us of its end; else in every round. Each is a little under the grid
+# of 15 s, for a round may begin sooner than that after the last.
+POLL_AGAIN_WITH_WEBHOOKS = (12, 12, 27, 42, 57)
+POLL_AGAIN = (12,)
 SCHEMA_CHANGE = 5  # the last of the numbered changes to the schema that the queries need
 LOW_AHEAD = 8  # runs that wait for a worker, from which on jobs of low priority wait here
 LOW_WAIT = timedelta(minutes=10)  # for which they do; then they are like any other
@@ -31,8 +35,20 @@ class Limits:
 
     submits: int
     submit_bytes: int = 4_000_000  # of prompt and input, which the claim's answer carries
-    polls: int = 2_000
+    polls: int = 2_500  # what RunPod lets one ask for in 15 s
     stores: int = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claimed:
+    """
+    What a claim has taken, oldest first; one result whose holders have ended without a word, which is left for
+    claim_suspect(); and whether there is any job that is not final.
+    """
+
+    jobs: list[Job]
+    suspect: Job | None
+    any_live: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +81,7 @@ class Store:
         submit_unknown_wait: float,
         total_deadline: float,
         max_queued: int,
+        has_webhooks: bool,
     ) -> None:
         self._d1 = d1
         self._models = models
@@ -72,6 +89,7 @@ class Store:
         self._unknown_wait = timedelta(seconds=submit_unknown_wait)
         self._total_deadline = total_deadline
         self.max_queued = max_queued
+        self._poll_again = POLL_AGAIN_WITH_WEBHOOKS if has_webhooks else POLL_AGAIN
 
     def _run(self, names: list[str], values: dict[str, Any], *, timeout: float) -> list[list[Row]]:
         return self._d1.query([bind(name, values) for name in names], timeout=timeout)
@@ -121,11 +139,9 @@ class Store:
 
     def claim(
         self, *, nonce: str, now: datetime, limits: Limits, lease: float, ignore_due: bool, timeout: float
-    ) -> tuple[list[Job], Job | None]:
+    ) -> Claimed:
         """
-        Take what is due and return it, oldest first; a result is leased for `lease` seconds.
-
-        A result whose holders have ended without a word is left for claim_suspect(): one of them comes second.
+        Take what is due; a result is leased for `lease` seconds.
 
         With `ignore_due` polls that are not due are taken too. Rows of the earlier version are adopted, submits whose
         answer never came go back to be sent again, and those of them that a user has cancelled end.
@@ -134,7 +150,8 @@ class Store:
             "nonce": nonce,
             "now": to_text(now),
             "poll_due": "9999" if ignore_due else to_text(now),
-            "poll_again_at": to_text(now + timedelta(seconds=POLL_AGAIN)),
+            "poll_again_at": json.dumps([to_text(now + timedelta(seconds=after)) for after in self._poll_again]),
+            "usual_seconds": json.dumps(self._models.usual_seconds),
             "lease_until": to_text(now + timedelta(seconds=lease)),
             "low_since": to_text(now - LOW_WAIT),
             "low_ahead": LOW_AHEAD,
@@ -157,10 +174,14 @@ class Store:
             ("claim_submits", limits.submits),
         ):
             statements.append(bind(name, {**values, "limit": limit, "bytes": limits.submit_bytes, "suspect": SUSPECT}))
-        for name in ("log_claimed_submits", "select_claimed", "select_suspect"):
+        for name in ("log_claimed_submits", "select_claimed", "select_suspect", "select_live"):
             statements.append(bind(name, {**values, "suspect": SUSPECT}))
-        *_, claimed, suspects = self._d1.query(statements, timeout=timeout)
-        return [Job.from_row(row) for row in claimed], Job.from_row(suspects[0]) if suspects else None
+        *_, claimed, suspects, live = self._d1.query(statements, timeout=timeout)
+        return Claimed(
+            jobs=[Job.from_row(row) for row in claimed],
+            suspect=Job.from_row(suspects[0]) if suspects else None,
+            any_live=bool(live),
+        )
 
     def claim_suspect(
         self, suspect: Job, *, nonce: str, now: datetime, lease: float, timeout: float

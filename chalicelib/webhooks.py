@@ -21,9 +21,14 @@ class Webhooks:
     base_url: str
     secret: str
 
+    @property
+    def are_on(self) -> bool:
+        """Whether RunPod is given an address."""
+        return bool(self.base_url and self.secret)
+
     def url(self, job_id: str, attempt: int) -> str | None:
         """The address for the end of one attempt."""
-        if not (self.base_url and self.secret):
+        if not self.are_on:
             return None
         token = self._token(job_id, attempt).decode()
         return f"{self.base_url}/webhooks/runpod/{quote(job_id, safe='')}/{attempt}/{token}"

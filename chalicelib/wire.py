@@ -1,10 +1,11 @@
 """One HTTP exchange, bounded in time and bytes, over a pooled session; errors say if it can have had effect."""
 
 import contextlib
+import re
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,12 @@ class Head:
 
     status: int
     headers: Mapping[str, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body, as Content-Length says; 0 where it does not."""
+        value = self.headers.get("Content-Length", "").strip()
+        return int(value) if re.fullmatch("[0-9]{1,18}", value) else 0
 
     @property
     def retry_after(self) -> float | None:
@@ -103,14 +110,18 @@ class Wire:
         body: bytes | None = None,
         timeout: float,
         max_bytes: int,
+        on_head: Callable[[Head], None] | None = None,
     ) -> Reply:
         """
-        Send one request and read the whole answer; redirects are not followed.
+        Send one request and read the whole answer; redirects are not followed. `on_head` is called before the body is
+        read.
 
         Raises TransientError where nothing was sent (no address, refused, no connection in time) and IndeterminateError
         for all else: over `timeout` seconds in all, cut off, or an answer over `max_bytes`.
         """
         with self.open(service, method, url, headers=headers, body=body, timeout=timeout) as answer:
+            if on_head is not None:
+                on_head(answer)
             return Reply(answer.status, answer.headers, _whole(answer, max_bytes))
 
     @contextlib.contextmanager
@@ -185,16 +196,17 @@ def exchange_as(
 
 
 def _whole(answer: Stream, max_bytes: int) -> bytes:
-    content = bytearray()
+    pieces, size = [], 0
     for piece in answer.pieces():
-        content += piece
-        if len(content) > max_bytes:
+        pieces.append(piece)
+        size += len(piece)
+        if size > max_bytes:
             raise IndeterminateError(
                 f"{answer.service}_answer_too_large",
                 f"{NAMES[answer.service]} answered with more than {max_bytes} bytes.",
                 service=answer.service,
             )
-    return bytes(content)
+    return b"".join(pieces)
 
 
 def _too_slow(service: str) -> IndeterminateError:

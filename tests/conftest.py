@@ -133,10 +133,10 @@ class Bench:
     def claim(self, nonce: str = "a", *, lease: float = 60.0) -> list[Job]:
         limits = Limits(submits=200)
         now = self.clock.now()
-        claimed, _ = self.service.store.claim(
+        claimed = self.service.store.claim(
             nonce=nonce, now=now, limits=limits, lease=lease, ignore_due=True, timeout=5.0
         )
-        return claimed
+        return claimed.jobs
 
     def job(self, job_id: str) -> Job:
         job = self.service.store.get(job_id, timeout=5.0)

@@ -26,6 +26,9 @@ SCHEDULE_CONCURRENCY = 2  # a minute's run, and the next one's beginning
 # https://docs.aws.amazon.com/lambda/latest/dg/configuration-envvars.html
 ENVIRONMENT_BYTES = 4096
 
+# Of glibc, which else keeps what was freed of large answers for each thread by itself.
+MACHINE = {"MALLOC_ARENA_MAX": "2"}
+
 Template = dict[str, Any]
 
 
@@ -99,7 +102,7 @@ def _check_size(values: Mapping[str, str]) -> None:
 
 def environment(values: Mapping[str, str]) -> dict[str, str]:
     """What the functions get."""
-    return {name: values[name] for name in SETTINGS if name in values}
+    return MACHINE | {name: values[name] for name in SETTINGS if name in values}
 
 
 def fill(template: Template, values: Mapping[str, str]) -> Template:

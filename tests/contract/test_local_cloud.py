@@ -152,7 +152,10 @@ def test_a_page_may_read_at_the_public_address_also_in_pieces(settings):
 @pytest.fixture
 def runpod(settings):
     return Runpod(
-        wire=Wire(Clock()), base_url=settings["RUNPOD_API_BASE"], api_key=Credential(settings["RUNPOD_API_KEY"])
+        wire=Wire(Clock()),
+        clock=Clock(),
+        base_url=settings["RUNPOD_API_BASE"],
+        api_key=Credential(settings["RUNPOD_API_KEY"]),
     )
 
 
@@ -180,7 +183,8 @@ def test_runpod_does_not_know_strangers(runpod, settings):
     assert runpod.status("local-endpoint", "nobody", timeout=10.0).verdict is Verdict.NOT_FOUND
     with pytest.raises(TransientError, match="404"):
         runpod.run("another-endpoint", {}, timeout=10.0)
-    stranger = Runpod(wire=Wire(Clock()), base_url=settings["RUNPOD_API_BASE"], api_key=Credential("wrong"))
+    base_url, key = settings["RUNPOD_API_BASE"], Credential("wrong")
+    stranger = Runpod(wire=Wire(Clock()), clock=Clock(), base_url=base_url, api_key=key)
     with pytest.raises(TransientError, match="401"):
         stranger.run("local-endpoint", {}, timeout=10.0)
 

@@ -324,8 +324,8 @@ MUTANTS = [
     Mutant(
         "a claim hides whose save won",
         "queries.sql",
-        "SET claimer = :nonce, due_at = :poll_again_at,",
-        "SET claimer = :nonce, writer = :nonce, due_at = :poll_again_at,",
+        "  claimer = :nonce,\n  due_at = json_extract(",
+        "  claimer = :nonce, writer = :nonce,\n  due_at = json_extract(",
     ),
     Mutant(
         "an old run undoes a retry",

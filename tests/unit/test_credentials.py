@@ -144,7 +144,7 @@ def test_r2_takes_a_picture_whole_under_the_new_keys(cloud_server):
 def test_a_call_without_the_time_for_both_is_not_prolonged_by_reading_the_key_again(in_ssm, cloud, wire, clock):
     reads = []
     old = Credential("old", lambda: reads.append(1) or cloud.settings()["RUNPOD_API_KEY"], seconds=3.0)
-    runpod = Runpod(wire=Wire(clock), base_url=cloud.settings()["RUNPOD_API_BASE"], api_key=old)
+    runpod = Runpod(wire=Wire(clock), clock=clock, base_url=cloud.settings()["RUNPOD_API_BASE"], api_key=old)
 
     with pytest.raises(TransientError, match="RunPod refused the key"):
         runpod.run("local-endpoint", {"prompt": "a cat"}, timeout=3.5)

@@ -12,6 +12,7 @@ SERVICE = ROOT / "chalicelib"
 LAYERS = [
     {"errors"},
     {"retry", "runtime", "parameters", "connection", "boxes", "inline", "webhooks", "auth", "models", "page"},
+    {"room", "pace"},
     {"settings", "credentials"},
     {"advice", "catalogue"},
     {"wire", "jobs", "content"},

@@ -276,12 +276,12 @@ def test_a_result_is_given_up_after_five_holders_that_ended_without_a_word(bench
     for number in range(2, ended + 1):
         bench.clock.advance(120)
         now, nonce = bench.clock.now(), f"holder {number}"
-        claimed, suspect = bench.service.store.claim(
+        claimed = bench.service.store.claim(
             nonce=nonce, now=now, limits=Limits(submits=0), lease=60.0, ignore_due=False, timeout=5.0
         )
-        assert [job.id for job in (claimed if number < 4 else [suspect])] == [job_id]
+        assert [job.id for job in (claimed.jobs if number < 4 else [claimed.suspect])] == [job_id]
         if number >= 4:
-            bench.service.store.claim_suspect(suspect, nonce=nonce, now=now, lease=60.0, timeout=5.0)
+            bench.service.store.claim_suspect(claimed.suspect, nonce=nonce, now=now, lease=60.0, timeout=5.0)
 
     bench.round(after=120)
 
@@ -458,8 +458,8 @@ def test_the_loser_of_a_save_neither_stores_nor_writes_a_line(bench):
     bench.clock.advance(15)
     store, deadline = bench.service.store, bench.deadline()
     claim = {"now": bench.clock.now(), "limits": Limits(submits=200), "lease": 60.0, "ignore_due": True, "timeout": 5.0}
-    (first,), _ = store.claim(nonce="a", **claim)
-    (second,), _ = store.claim(nonce="b", **claim)
+    (first,) = store.claim(nonce="a", **claim).jobs
+    (second,) = store.claim(nonce="b", **claim).jobs
     steps, saver = bench.service.pipeline.steps, bench.service.pipeline.saver
     one, _ = steps.poll(first, deadline, lease=60.0)
     two, _ = steps.poll(second, deadline, lease=60.0)

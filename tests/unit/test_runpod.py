@@ -16,7 +16,7 @@ CANCEL = f"{BASE}/ep/cancel/run-1"
 
 @pytest.fixture
 def runpod(clock):
-    return Runpod(wire=Wire(clock), base_url=BASE, api_key=Credential("secret"))
+    return Runpod(wire=Wire(clock), clock=clock, base_url=BASE, api_key=Credential("secret"))
 
 
 def test_run_sends_the_payload_once_with_the_key(answers, runpod):

@@ -25,13 +25,14 @@ def store(d1):
         submit_unknown_wait=600,
         total_deadline=86_400,
         max_queued=10_000,
+        has_webhooks=False,
     )
 
 
 @pytest.fixture
 def claim(store, clock):
     def run(nonce="n1", *, limits=None, lease=60.0, ignore_due=False):
-        claimed, _ = store.claim(
+        claimed = store.claim(
             nonce=nonce,
             now=clock.now(),
             limits=limits or Limits(submits=200),
@@ -39,7 +40,7 @@ def claim(store, clock):
             ignore_due=ignore_due,
             timeout=5.0,
         )
-        return claimed
+        return claimed.jobs
 
     return run
 
@@ -461,7 +462,7 @@ def test_threads_that_claim_at_once_never_share_a_job(insert, store, clock):
     def take(n):
         barrier.wait()
         for turn in range(4):
-            held, _ = store.claim(
+            held = store.claim(
                 nonce=f"{n}-{turn}",
                 now=clock.now(),
                 limits=Limits(submits=4, stores=4),
@@ -469,7 +470,7 @@ def test_threads_that_claim_at_once_never_share_a_job(insert, store, clock):
                 ignore_due=False,
                 timeout=20.0,
             )
-            taken.extend(job.id for job in held)
+            taken.extend(job.id for job in held.jobs)
 
     threads = [threading.Thread(target=take, args=(n,)) for n in range(6)]
     for thread in threads:
