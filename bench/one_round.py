@@ -1,8 +1,9 @@
 """
 One measurement in a process of its own: `python -m bench.one_round`, told what to do as JSON on its standard input.
 
-`ours` is the service's own round. `bare` makes the same HTTP calls from as many threads and does nothing else: no checks,
-no states, no logs; of D1 it calls what `ours` has written down. `loop` is one job after the other, with a write each.
+`ours` is the service's own round. `bare` makes the same HTTP calls from as many threads and does nothing else: no
+checks, no states, no logs; of D1 it calls what `ours` has written down. `loop` is one job after the other, with a write
+each.
 """
 
 import base64
@@ -154,7 +155,7 @@ def bare(given: dict[str, Any]) -> dict[str, Any]:
 def loop(given: dict[str, Any]) -> dict[str, Any]:
     """One job after the other, and a write for each."""
     calls = Bare(given, 1)
-    write = json.dumps({"sql": "UPDATE jobs SET updated_at = ?1 WHERE id = ?2", "params": ["2026-01-31T00:00:00.000Z", "job-00000"]})
+    write = json.dumps({"sql": "UPDATE jobs SET updated_at = ?1 WHERE id = ?2", "params": ["", "job-00000"]})
 
     def work() -> None:
         for number in range(given["count"]):

@@ -65,8 +65,8 @@ def _fill(folder: Path, base_url: str, kind: str, count: int, picture_bytes: int
             "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?) "
             "INSERT INTO jobs (id, status, step, prompt, model, version, attempt, endpoint_id, runpod_job_id, "
             "runpod_status, due_at, deadline_at, created_at, updated_at, submitted_at) "
-            "SELECT printf('job-%05d', i), 'running', 'poll', 'a cat', 'qwen-image', 3, 1, ?, printf('run-%05d-u1', i), "
-            "'IN_PROGRESS', ?, '2099-01-01T00:00:00.000Z', ?, ?, ? FROM n",
+            "SELECT printf('job-%05d', i), 'running', 'poll', 'a cat', 'qwen-image', 3, 1, ?, "
+            "printf('run-%05d-u1', i), 'IN_PROGRESS', ?, '2099-01-01T00:00:00.000Z', ?, ?, ? FROM n",
             count, cloud.account.endpoint_id, *[to_text(datetime.now(UTC))] * 4,
         )  # fmt: skip
         cloud.d1.execute("UPDATE jobs SET started_at = submitted_at")

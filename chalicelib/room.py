@@ -58,8 +58,12 @@ class Place:
             self._size = size if self._room.take(size, timeout=timeout) else 0
         return size <= self._size
 
+    def shrink(self, size: int) -> None:
+        """Give back what it has over that much."""
+        if size < self._size:
+            self._room.give(self._size - size)
+            self._size = size
+
     def leave(self) -> None:
         """Give back what it has."""
-        if self._size:
-            self._room.give(self._size)
-            self._size = 0
+        self.shrink(0)

@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 from urllib.parse import quote
@@ -13,7 +13,7 @@ from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, 
 from chalicelib.pace import Pace
 from chalicelib.room import Place
 from chalicelib.runtime import Clock
-from chalicelib.wire import Head, Reply, Wire, exchange_as
+from chalicelib.wire import Reply, Wire, exchange_as
 
 MAX_ANSWER_BYTES = 32_000_000  # RunPod bounds a result at 20 MB
 FINAL_REFUSALS = (400, 413, 422)  # the payload is at fault; 400 is also how a body over 10 MiB is answered
@@ -120,27 +120,29 @@ class Runpod:
                 endpoint_id,
                 f"status/{quote(run_id, safe='')}",
                 timeout=timeout,
-                on_head=lambda head: _take_room(place, head.size, timeout),
+                on_large=lambda size: _take_room(place, size, timeout),
             )
+            if place is not None:
+                place.shrink(len(reply.body))
         except IndeterminateError as error:
             raise TransientError(error.code, error.sentence, service="runpod") from error
         self._heed(endpoint_id, "status", reply)
         if reply.status == 404:
             return Answer(Verdict.NOT_FOUND)
-        size = len(reply.body)
+        size, retry_after, code = len(reply.body), reply.retry_after, reply.status
         # Of a large answer no more than two copies are in memory at a time: bytes and text, then text and object.
         text = reply.body.decode("utf-8", "replace")
-        reply = replace(reply, body=b"")
+        del reply
         answer = _object(text)
         del text
         # In RunPod's error envelope `status` is the HTTP number; in a job it is a word.
         status = answer.get("status")
-        if reply.status != 200 or not isinstance(status, str):
+        if code != 200 or not isinstance(status, str):
             raise TransientError(
                 "runpod_bad_answer",
-                f"RunPod gave no usable status (HTTP {reply.status}).",
+                f"RunPod gave no usable status (HTTP {code}).",
                 service="runpod",
-                retry_after=reply.retry_after,
+                retry_after=retry_after,
             )
         return Answer(
             verdict=_verdict(status),
@@ -187,7 +189,7 @@ class Runpod:
         *,
         timeout: float,
         body: dict[str, Any] | None = None,
-        on_head: Callable[[Head], None] | None = None,
+        on_large: Callable[[int], None] | None = None,
     ) -> Reply:
         url = f"{self._base_url}/{quote(endpoint_id, safe='')}/{operation}"
         data = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
@@ -201,7 +203,7 @@ class Runpod:
             body=data,
             timeout=timeout,
             max_bytes=MAX_ANSWER_BYTES,
-            on_head=on_head,
+            on_large=on_large,
         )
 
 

@@ -28,6 +28,8 @@ CONNECT_TIMEOUT = 3.05  # seconds; just over TCP's first retransmission
 IDLE_LIMIT = 30  # seconds a kept connection is trusted for
 LEAST_SEND = 1.0  # seconds in which a repeat may come to something
 CHUNK_BYTES = 65_536
+LARGE_BYTES = 1_000_000  # a body over this is a large one
+MOST_LIKELY_BYTES = 20_000_000  # of a large one that does not tell its size; RunPod takes no larger result
 MAX_RETRY_AFTER = 900.0  # seconds; Cloudflare's lock-out is 300, and a nonsensical value must not stop a job for years
 # In sentences.
 NAMES = {
@@ -49,10 +51,10 @@ class Head:
     headers: Mapping[str, str]
 
     @property
-    def size(self) -> int:
-        """Bytes of the body, as Content-Length says; 0 where it does not."""
+    def size(self) -> int | None:
+        """Bytes of the body, None where they are not told; that of a compressed one says little."""
         value = self.headers.get("Content-Length", "").strip()
-        return int(value) if re.fullmatch("[0-9]{1,18}", value) else 0
+        return int(value) if re.fullmatch("[0-9]{1,18}", value) and "Content-Encoding" not in self.headers else None
 
     @property
     def retry_after(self) -> float | None:
@@ -110,19 +112,19 @@ class Wire:
         body: bytes | None = None,
         timeout: float,
         max_bytes: int,
-        on_head: Callable[[Head], None] | None = None,
+        on_large: Callable[[int], None] | None = None,
     ) -> Reply:
         """
-        Send one request and read the whole answer; redirects are not followed. `on_head` is called before the body is
-        read.
+        Send one request and read the whole answer; redirects are not followed.
+
+        Before more than LARGE_BYTES of the body are read `on_large` is called, with its size or, where that is not
+        told, with MOST_LIKELY_BYTES.
 
         Raises TransientError where nothing was sent (no address, refused, no connection in time) and IndeterminateError
         for all else: over `timeout` seconds in all, cut off, or an answer over `max_bytes`.
         """
         with self.open(service, method, url, headers=headers, body=body, timeout=timeout) as answer:
-            if on_head is not None:
-                on_head(answer)
-            return Reply(answer.status, answer.headers, _whole(answer, max_bytes))
+            return Reply(answer.status, answer.headers, _whole(answer, max_bytes, on_large or _ignore))
 
     @contextlib.contextmanager
     def open(
@@ -195,11 +197,21 @@ def exchange_as(
     return send(credential.value, left) if renewed and left >= LEAST_SEND else reply
 
 
-def _whole(answer: Stream, max_bytes: int) -> bytes:
-    pieces, size = [], 0
+def _ignore(size: int) -> None:
+    """What a large answer is to who does not care."""
+
+
+def _whole(answer: Stream, max_bytes: int, on_large: Callable[[int], None]) -> bytes:
+    pieces, size, told = [], 0, False
+    if answer.size is not None and answer.size > LARGE_BYTES:
+        on_large(answer.size)
+        told = True
     for piece in answer.pieces():
         pieces.append(piece)
         size += len(piece)
+        if size > LARGE_BYTES and not told:
+            on_large(MOST_LIKELY_BYTES)
+            told = True
         if size > max_bytes:
             raise IndeterminateError(
                 f"{answer.service}_answer_too_large",

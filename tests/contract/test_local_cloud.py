@@ -16,7 +16,7 @@ from chalicelib.runpod import Runpod, Verdict
 from chalicelib.runtime import Clock
 from chalicelib.wire import Wire
 from tests.conftest import put
-from tools.cloud import Request
+from tools.cloud import LocalCloud, Request
 from tools.cloud.cors import Cors
 from tools.cloud.render import draw
 
@@ -39,6 +39,19 @@ def bucket(settings, **other):
     given |= other
     keys = Credential((given.pop("access_key_id"), given.pop("secret_access_key")))
     return R2(**given, keys=keys)
+
+
+def test_with_a_latency_it_answers_as_late_as_the_real_ones(tmp_path, monkeypatch):
+    slept = []
+    monkeypatch.setattr("tools.cloud.time.sleep", slept.append)
+    cloud = LocalCloud(tmp_path, base_url="http://127.0.0.1:1", latency=0.1)
+    paths = ["/v2/ep/run", "/v2/ep/status/run-1", "/results/run-1.png", "/client/v4/x", "/r2/x", "/cdn/x"]
+
+    for path in paths:
+        cloud.handle(Request("GET", path))
+
+    assert slept == pytest.approx([0.015, 0.008, 0.015, 0.012, 0.012, 0.012])
+    cloud.close()
 
 
 def test_r2_keeps_what_is_put_and_the_public_address_serves_it(settings):

@@ -55,6 +55,17 @@ class Crash(Exception):
     """Ends a delivery in the middle."""
 
 
+def test_a_picture_has_as_many_bytes_as_are_asked_for_and_can_be_read(cloud, clock):
+    run_id = run(cloud, {"simulate": {"bytes": 200_000}})
+    clock.advance(5)
+
+    _, answer = call(cloud, "GET", f"status/{run_id}")
+
+    picture = base64.b64decode(answer["output"]["images"][0]["data"])
+    assert len(picture) == 200_000
+    assert Image.open(io.BytesIO(picture)).size == (512, 512)
+
+
 def test_a_webhook_tells_the_status_the_input_and_itself(cloud, clock):
     run_id, receiver = run(cloud, webhook=HOOK), Receiver()
     clock.advance(3.9)

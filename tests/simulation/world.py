@@ -175,7 +175,7 @@ class SimWire:
         body: bytes | None = None,
         timeout: float,
         max_bytes: int,
-        on_head: Any = None,
+        on_large: Any = None,
     ) -> Reply:
         status, head, content = self._process.world.call(service, method, url, body or b"", timeout, headers)
         return Reply(status, s3.Headers(head), content)

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import requests
@@ -8,6 +9,7 @@ import requests
 from chalicelib import bootstrap, jobs, media, moves, settings
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.jobs import State
+from chalicelib.models import Model, Models
 from chalicelib.rounds import Report
 from chalicelib.store import Limits
 from tests.conftest import BUCKET
@@ -763,6 +765,30 @@ def test_large_answers_are_not_all_kept_in_memory(bench, monkeypatch):
     assert bench.cloud.calls["runpod"] - calls == 10  # each was asked for twice
 
 
+def test_answers_for_which_there_is_little_room_wait_for_one_another(bench, monkeypatch):
+    monkeypatch.setattr("chalicelib.rounds.ROOM_BYTES", 1)  # so that each is let in alone
+    monkeypatch.setattr("chalicelib.rounds.KEPT_ANSWER_BYTES", 0)
+    ids = [bench.create(f"cat {n}") for n in range(5)]
+
+    bench.round()
+
+    assert {bench.job(job_id).status for job_id in ids} == {"done"}
+
+
+def test_the_room_of_an_answer_whose_save_was_lost_is_given_back(bench):
+    bench.create()
+    bench.service.store.save = lambda *_, **__: (_ for _ in ()).throw(TransientError("d1_rate_limited", "locked out"))
+    rounds = []
+    monkeypatched = bench.service.pipeline._new_round
+    bench.service.pipeline._new_round = lambda threads, deadline, run: monkeypatched(
+        threads, deadline, lambda round_: (rounds.append(round_), run(round_))[1]
+    )
+
+    bench.round()
+
+    assert rounds[0]._room._taken == rounds[0]._kept_bytes == 0
+
+
 def test_a_bug_while_saving_loses_no_outcome(bench, monkeypatch):
     job_id = bench.create()
     monkeypatch.setattr("chalicelib.log.saved", lambda change: 1 / 0)
@@ -945,6 +971,122 @@ def test_a_late_start_runs_only_what_fits(bench, monkeypatch):
 
 def test_the_first_round_runs_however_little_time_there_is(bench):
     assert len(bench.service.pipeline.run_minute(bench.deadline(0.5))) == 1
+
+
+@pytest.fixture
+def thrifty(bench):
+    """Ends a minute where there is nothing to do."""
+    bench.service.pipeline.skip_idle_rounds = True
+    return bench
+
+
+def test_without_the_setting_an_idle_minute_has_four_rounds(bench):
+    assert len(bench.service.pipeline.run_minute(bench.deadline())) == 4
+
+
+def test_with_it_an_idle_minute_is_over_at_once(thrifty):
+    assert len(thrifty.service.pipeline.run_minute(thrifty.deadline())) == 1
+    assert thrifty.clock.slept == []
+
+
+@pytest.mark.parametrize("step", ["submit", "submitting", "poll", "store"])
+def test_a_minute_with_a_job_that_is_not_yet_due_is_not_idle(thrifty, step):
+    thrifty.create()
+    status = "queued" if step in ("submit", "submitting") else "running"
+    thrifty.cloud.d1.execute("UPDATE jobs SET status = ?, step = ?, due_at = '2099'", status, step)
+
+    assert len(thrifty.service.pipeline.run_minute(thrifty.deadline())) == 4
+
+
+def test_a_minute_in_which_the_last_job_ends_has_one_more_round(thrifty):
+    thrifty.create()
+    thrifty.clock.advance(15)
+
+    assert [report.idle for report in thrifty.service.pipeline.run_minute(thrifty.deadline())] == [False, True]
+    assert [job.status for job in thrifty.jobs()] == ["done"]
+
+
+def test_a_minute_that_owes_a_save_is_not_idle(thrifty):
+    job = thrifty.service.store.get(thrifty.create(), timeout=5.0)
+    thrifty.cloud.d1.execute("DELETE FROM jobs")
+    save = thrifty.service.store.save
+    thrifty.service.store.save = lambda *_, **__: (_ for _ in ()).throw(TransientError("d1_rate_limited", "locked out"))
+    thrifty.service.pipeline.saver.keep([moves.put_back(replace(job, step="store"), now=thrifty.clock.now())])
+
+    report = thrifty.service.pipeline.run_round(thrifty.deadline())
+    thrifty.service.store.save = save
+
+    assert not report.idle
+    assert thrifty.service.pipeline.run_round(thrifty.deadline()).idle
+
+
+# How often a run is looked at
+
+
+def seconds_to_the_next_look(bench):
+    (row,) = bench.cloud.d1.execute("SELECT due_at FROM jobs")
+    return (jobs.from_text(row["due_at"]) - bench.clock.now()).total_seconds()
+
+
+@pytest.fixture
+def with_webhooks(bench, environment):
+    """The same with RunPod's callbacks on, though none comes."""
+    given = {**environment, "PUBLIC_BASE_URL": "https://api.test", "WEBHOOK_SECRET": "a secret of the tests"}
+    bench.service = bootstrap.build(settings.load(given), bench.clock)
+    return bench
+
+
+@pytest.mark.parametrize(("age", "seconds"), [(15, 12), (119, 12), (121, 27), (185, 42), (241, 57), (3000, 57)])
+def test_with_webhooks_a_run_is_looked_at_the_less_often_the_longer_it_takes(with_webhooks, age, seconds):
+    with_webhooks.create("a cat", simulate={"run_seconds": 4000})
+
+    with_webhooks.round(after=age)
+
+    assert seconds_to_the_next_look(with_webhooks) == seconds
+
+
+@pytest.mark.parametrize(("usual", "seconds"), [(10, 12), (150, 27), (600, 57)])
+def test_with_webhooks_a_slow_model_is_looked_at_less_often_from_the_start(with_webhooks, usual, seconds):
+    models = Models({"qwen-image": Model(name="qwen-image", usual_seconds=usual)})
+    with_webhooks.service.store._models = models
+    with_webhooks.create("a cat", simulate={"run_seconds": 4000})
+
+    with_webhooks.round()
+
+    assert seconds_to_the_next_look(with_webhooks) == seconds
+
+
+def test_without_webhooks_every_run_is_looked_at_in_each_round(bench):
+    bench.create("a cat", simulate={"run_seconds": 4000})
+
+    bench.round(after=3000)
+
+    assert seconds_to_the_next_look(bench) == 12
+
+
+def test_a_run_that_a_user_cancels_is_looked_at_at_once(with_webhooks):
+    job_id = with_webhooks.create("a cat", simulate={"run_seconds": 4000})
+    with_webhooks.round(after=600)
+    with_webhooks.service.store.cancel(
+        [job_id], by="test", nonce="n", now=with_webhooks.clock.now(), timeout=5.0
+    )
+
+    with_webhooks.round()
+
+    assert with_webhooks.job(job_id).status == "cancelled"
+
+
+def test_two_pollers_at_once_look_at_each_run_once(bench):
+    ids = {bench.create(f"cat {n}", simulate={"run_seconds": 4000}) for n in range(20)}
+    bench.clock.advance(15)
+    store = bench.service.store
+    claim = {"now": bench.clock.now(), "lease": 60.0, "ignore_due": False, "timeout": 5.0}
+
+    one = store.claim(nonce="one", limits=Limits(submits=0, polls=12), **claim).jobs
+    two = store.claim(nonce="two", limits=Limits(submits=0, polls=12), **claim).jobs
+
+    assert (len(one), len(two)) == (12, 8)
+    assert {job.id for job in [*one, *two]} == ids
 
 
 @pytest.mark.parametrize("error", [TransientError("d1_rate_limited", "locked out"), RuntimeError("a bug")])

@@ -5,7 +5,8 @@ import requests
 
 from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, PermanentError, TransientError
-from chalicelib.runpod import Runpod, Verdict
+from chalicelib.room import Place, Room
+from chalicelib.runpod import CALLS, Runpod, Verdict
 from chalicelib.wire import Wire
 
 BASE = "https://runpod.test/v2"
@@ -188,3 +189,58 @@ def test_a_refused_cancel_is_an_error(answers, runpod):
 
     with pytest.raises(TransientError):
         runpod.cancel("ep", "run-1", timeout=5.0)
+
+
+def test_a_call_over_runpods_limit_is_not_made(answers, runpod, clock, monkeypatch):
+    monkeypatch.setitem(CALLS, "status", 2)
+    answers.add("GET", f"{BASE}/ep/status/run-1", json={"id": "run-1", "status": "IN_QUEUE"})
+    for _ in range(2):
+        runpod.status("ep", "run-1", timeout=5.0)
+
+    with pytest.raises(TransientError) as caught:
+        runpod.status("ep", "run-1", timeout=5.0, turn_within=9.0)
+
+    assert caught.value.code == "runpod_busy"
+    assert len(answers.calls) == 2
+    runpod.status("ep", "run-1", timeout=5.0, turn_within=10.0)
+    assert clock.slept == [10.0]
+
+
+def test_each_endpoint_has_a_limit_of_its_own(answers, runpod, monkeypatch):
+    monkeypatch.setitem(CALLS, "status", 1)
+    for endpoint in ("ep", "other"):
+        answers.add("GET", f"{BASE}/{endpoint}/status/run-1", json={"id": "run-1", "status": "IN_QUEUE"})
+        runpod.status(endpoint, "run-1", timeout=5.0)
+
+    assert len(answers.calls) == 2
+
+
+@pytest.mark.parametrize(("headers", "seconds"), [({}, 2.0), ({"Retry-After": "7"}, 7.0)])
+def test_after_a_429_nobody_asks_for_a_while(answers, runpod, clock, headers, seconds):
+    answers.add("GET", f"{BASE}/ep/status/run-1", status=429, headers=headers)
+    answers.add("GET", f"{BASE}/ep/status/run-2", json={"id": "run-2", "status": "IN_QUEUE"})
+    with pytest.raises(TransientError):
+        runpod.status("ep", "run-1", timeout=5.0)
+
+    runpod.status("ep", "run-2", timeout=5.0, turn_within=10.0)
+
+    assert clock.slept == [seconds]
+
+
+@pytest.mark.parametrize("tells_its_size", [True, False])
+def test_a_large_answer_without_room_is_not_read(answers, runpod, monkeypatch, tells_its_size):
+    monkeypatch.setattr("chalicelib.wire.LARGE_BYTES", 50)
+    body = json.dumps({"id": "run-1", "status": "COMPLETED", "output": "x" * 100})
+    answers.add("GET", STATUS, body=body, auto_calculate_content_length=tells_its_size)
+    room = Room(200)
+    room.take(200, timeout=0.0)
+
+    with Place(room) as place, pytest.raises(TransientError) as caught:
+        runpod.status("ep", "run-1", place=place, timeout=0.1)
+
+    assert caught.value.code == "runpod_no_room"
+    room.give(200)
+    with Place(room) as place:
+        assert runpod.status("ep", "run-1", place=place, timeout=0.1).bytes == len(body)
+        assert not room.take(200, timeout=0.0)
+        assert room.take(200 - len(body), timeout=0.0)
