@@ -15,7 +15,7 @@ from chalicelib import log, moves
 from chalicelib.errors import IllegalTransition, ServiceError, TransientError
 from chalicelib.jobs import FINAL, Change, Job, State, to_text
 from chalicelib.room import Place, Room
-from chalicelib.runpod import Answer
+from chalicelib.runpod import CALLS, CALLS_WITHIN, Answer
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saved, Saver
 from chalicelib.steps import Steps
@@ -31,6 +31,8 @@ POLL_BUDGET = 4.0
 STORE_MARGIN = 0.5  # over what the step itself wants
 
 SUBMITS_PER_ROUND = 200
+POLLS_PER_SECOND = CALLS["status"] / CALLS_WITHIN
+POLLING_SECONDS = 14.0  # of a round, so that the next one begins in its time
 
 # Results first, which RunPod forgets, then runs to send, which need time.
 ORDER = [State.STORE, State.SUBMITTING, State.POLL]
@@ -159,13 +161,16 @@ class Round:
 
     def _claim(self, ignore_due: bool) -> Claimed:
         """What is due; a result that must be stored alone is not yet claimed."""
-        submits = SUBMITS_PER_ROUND if self.deadline.left() > SUBMIT_BUDGET and not self._saves_refused else 0
+        left = self.deadline.left()
+        submits = SUBMITS_PER_ROUND if left > SUBMIT_BUDGET and not self._saves_refused else 0
+        # A poll that is claimed and not begun would be looked at only when it is due once more.
+        polls = int(POLLS_PER_SECOND * max(0.0, min(POLLING_SECONDS, left - POLL_BUDGET)))
         nonce = self.doubtful.take() or new_nonce(self.rng)
         try:
             return self.store.claim(
                 nonce=nonce,
                 now=self.clock.now(),
-                limits=Limits(submits=submits),
+                limits=Limits(submits=submits, polls=polls),
                 lease=self._lease(),
                 ignore_due=ignore_due,
                 timeout=self.deadline.cap(CLAIM_TIMEOUT),

@@ -17,10 +17,11 @@ from chalicelib.wire import Reply, Wire, exchange_as
 
 MAX_ANSWER_BYTES = 32_000_000  # RunPod bounds a result at 20 MB
 FINAL_REFUSALS = (400, 413, 422)  # the payload is at fault; 400 is also how a body over 10 MiB is answered
-# Calls that are made of one endpoint within ten seconds; RunPod allows a tenth more of each, for all that use the key
+# Calls that are made of one endpoint within ten seconds; RunPod allows a little more of each, for all that use the key
 # together: https://docs.runpod.io/serverless/endpoints/operation-reference
-CALLS = {"run": 900, "status": 1800, "cancel": 90}
+CALLS = {"run": 950, "status": 1900, "cancel": 95}
 CALLS_WITHIN = 10.0  # seconds
+LEAST_CALL = 1.0  # seconds in which a call may come to something
 REST = 2.0  # seconds after it was too many all the same, where RunPod does not say for how long
 
 UNAUTHORIZED = (401, 403)  # the key; as with an unknown endpoint (404) and 429, nothing was accepted, and may be later
@@ -65,6 +66,7 @@ class Runpod:
 
     def __init__(self, *, wire: Wire, clock: Clock, base_url: str, api_key: Credential[str]) -> None:
         self._wire = wire
+        self._clock = clock
         self._base_url = base_url
         self._api_key = api_key
         self._paces: defaultdict[str, dict[str, Pace]] = defaultdict(
@@ -79,11 +81,12 @@ class Runpod:
         webhook: str | None = None,
         policy: Mapping[str, int] | None = None,
         timeout: float,
-        turn_within: float = 0.0,
+        within: float | None = None,
     ) -> tuple[str, str]:
         """
         Begin a paid run; its id and status. `webhook` is told of its end, `policy` has its times in milliseconds. Where
-        RunPod's limit of calls is reached, it waits so many seconds at most for its turn, before the `timeout` begins.
+        RunPod's limit of calls is reached it waits for its turn first: all of it `within` so many seconds, or else the
+        `timeout`.
 
         Raises PermanentError where the payload is refused for good, TransientError where nothing was accepted now, and
         IndeterminateError where it may have been: that one must not be sent again blindly.
@@ -91,7 +94,7 @@ class Runpod:
         # Beside `input`, not in it: there only the worker would see them.
         beside = {"policy": policy, "webhook": webhook}
         body = {"input": payload, **{name: value for name, value in beside.items() if value}}
-        self._take_turn(endpoint_id, "run", turn_within)
+        timeout = self._wait_for_turn(endpoint_id, "run", timeout, within)
         reply = self._call("POST", endpoint_id, "run", timeout=timeout, body=body)
         self._heed(endpoint_id, "run", reply)
         if reply.status != 200:
@@ -105,7 +108,7 @@ class Runpod:
         return run_id, status if isinstance(status, str) else ""
 
     def status(
-        self, endpoint_id: str, run_id: str, *, place: Place | None = None, timeout: float, turn_within: float = 0.0
+        self, endpoint_id: str, run_id: str, *, place: Place | None = None, timeout: float, within: float | None = None
     ) -> Answer:
         """
         Ask for a run, in turn as in run(); asking changes nothing. Raises TransientError where there is no usable
@@ -113,7 +116,7 @@ class Runpod:
 
         No parameter may ever be added to this URL: `?ttl=` would set the run's lifetime.
         """
-        self._take_turn(endpoint_id, "status", turn_within)
+        timeout = self._wait_for_turn(endpoint_id, "status", timeout, within)
         try:
             reply = self._call(
                 "GET",
@@ -156,7 +159,7 @@ class Runpod:
 
     def cancel(self, endpoint_id: str, run_id: str, *, timeout: float) -> None:
         """Stop a run that waits or works; one that RunPod no longer knows is fine. Raises as run() does."""
-        self._take_turn(endpoint_id, "cancel", 0.0)
+        timeout = self._wait_for_turn(endpoint_id, "cancel", timeout, None)
         reply = self._call("POST", endpoint_id, f"cancel/{quote(run_id, safe='')}", timeout=timeout)
         self._heed(endpoint_id, "cancel", reply)
         if reply.status not in (200, 404):
@@ -173,9 +176,13 @@ class Runpod:
         answer = _object(reply.body)
         return _counts(answer.get("workers")), _counts(answer.get("jobs"))
 
-    def _take_turn(self, endpoint_id: str, verb: str, within: float) -> None:
-        if not self._paces[endpoint_id][verb].take_turn(within=within):
+    def _wait_for_turn(self, endpoint_id: str, verb: str, timeout: float, within: float | None) -> float:
+        """The seconds that are left for the call when its turn has come."""
+        within = timeout if within is None else within
+        end = self._clock.monotonic() + within
+        if not self._paces[endpoint_id][verb].take_turn(within=within - LEAST_CALL):
             raise _busy("", None)
+        return min(timeout, end - self._clock.monotonic())
 
     def _heed(self, endpoint_id: str, verb: str, reply: Reply) -> None:
         if reply.status == 429:

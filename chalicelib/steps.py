@@ -76,7 +76,7 @@ class Steps:
                 webhook=self.webhooks.url(job.id, job.attempt),
                 policy=self.deadlines.policy(job),
                 timeout=timeout,
-                turn_within=deadline.left() - timeout - SAVE_RESERVE,
+                within=deadline.left() - SAVE_RESERVE,
             )
         except TransientError as error:
             return moves.give_back(job, _unsigned(error), now=self.clock.now(), rng=self.rng)
@@ -226,7 +226,7 @@ class Steps:
             job.runpod_job_id or "",
             place=place,
             timeout=timeout,
-            turn_within=deadline.left() - timeout - reserve,
+            within=deadline.left() - reserve,
         )
 
     def _judge(

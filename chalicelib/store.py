@@ -35,7 +35,7 @@ class Limits:
 
     submits: int
     submit_bytes: int = 4_000_000  # of prompt and input, which the claim's answer carries
-    polls: int = 2_500  # what RunPod lets one ask for in 15 s
+    polls: int = 2_500
     stores: int = 200
 
 

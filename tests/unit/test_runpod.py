@@ -198,11 +198,11 @@ def test_a_call_over_runpods_limit_is_not_made(answers, runpod, clock, monkeypat
         runpod.status("ep", "run-1", timeout=5.0)
 
     with pytest.raises(TransientError) as caught:
-        runpod.status("ep", "run-1", timeout=5.0, turn_within=9.0)
+        runpod.status("ep", "run-1", timeout=5.0, within=10.9)
 
     assert caught.value.code == "runpod_busy"
     assert len(answers.calls) == 2
-    runpod.status("ep", "run-1", timeout=5.0, turn_within=10.0)
+    runpod.status("ep", "run-1", timeout=5.0, within=20.0)
     assert clock.slept == [10.0]
 
 
@@ -222,7 +222,7 @@ def test_after_a_429_nobody_asks_for_a_while(answers, runpod, clock, headers, se
     with pytest.raises(TransientError):
         runpod.status("ep", "run-1", timeout=5.0)
 
-    runpod.status("ep", "run-2", timeout=5.0, turn_within=10.0)
+    runpod.status("ep", "run-2", timeout=5.0, within=20.0)
 
     assert clock.slept == [seconds]
 
