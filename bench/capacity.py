@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=int, default=5, help="of the simulated world (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
-    columns = ("runs", "pollers", "endpoints", "MB", "gap p50, s", "longest, s", "late", "most in 10 s", "429s", "D1 calls")
+    columns = ("runs", "pollers", "endpoints", "MB", "gap p50, s", "longest, s", "late", "most in 10 s", "429s", "D1")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     found = []
     for count, pollers, endpoints, memory in CASES:
