@@ -4,13 +4,13 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 from urllib.parse import urlsplit
 
 from chalicelib.auth import ApiKey
 from chalicelib.errors import ServiceError
+from chalicelib.records import dataclass
 from chalicelib.settings import Settings
 
 

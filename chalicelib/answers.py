@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Concatenate, ParamSpec
 
 from chalice.app import Request, Response
@@ -15,6 +15,7 @@ from chalicelib import auth, log
 from chalicelib.auth import Right
 from chalicelib.bootstrap import Service, service
 from chalicelib.errors import RequestError, ServiceError
+from chalicelib.records import dataclass
 
 # Chalice's own refusals, by the code it gives them.
 CHALICE_ERRORS = {

@@ -4,10 +4,10 @@ import hashlib
 import hmac
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import IntEnum
 
 from chalicelib.errors import RequestError
+from chalicelib.records import dataclass
 
 NAME = r"[A-Za-z0-9_.-]{1,40}"
 

@@ -1,7 +1,6 @@
 """Builds the service from the settings, once a process; the only module that knows all the others."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from random import Random, SystemRandom
 from typing import TypeVar
@@ -20,6 +19,7 @@ from chalicelib.pipeline import Pipeline
 from chalicelib.r2 import R2
 from chalicelib.reads import Reads
 from chalicelib.reasons import Reasons
+from chalicelib.records import dataclass
 from chalicelib.removal import Removal
 from chalicelib.results import Results
 from chalicelib.retry import Attempts

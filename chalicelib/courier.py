@@ -6,7 +6,6 @@ https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-w
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from random import Random
@@ -19,6 +18,7 @@ from chalicelib.errors import RequestError, ServiceError
 from chalicelib.fetch import Guard, Refused, whole_url
 from chalicelib.jobs import to_text
 from chalicelib.outbox import OF_HOST, Delivery, Outbox, Outcome
+from chalicelib.records import dataclass
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.store import new_nonce
 from chalicelib.views import Views

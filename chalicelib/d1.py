@@ -2,13 +2,13 @@
 
 import json
 import re
-from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from chalicelib import retry
 from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
+from chalicelib.records import dataclass
 from chalicelib.runtime import Clock, Deadline
 from chalicelib.wire import Reply, Wire, exchange_as
 

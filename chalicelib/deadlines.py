@@ -1,13 +1,13 @@
 """How long a job may take: until a worker has it, at the worker, and in all. RunPod is told too."""
 
 import math
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from chalicelib import jobs
 from chalicelib.errors import PermanentError
 from chalicelib.jobs import IN_QUEUE, Job
 from chalicelib.models import Models
+from chalicelib.records import dataclass
 
 # RunPod deletes a run without a word when its `ttl` is over, which looks like a run that it has lost; ours come first.
 TTL_MARGIN = 600  # seconds

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from random import Random
@@ -14,6 +13,7 @@ from chalicelib.content import Content
 from chalicelib.errors import PermanentError, ServiceError
 from chalicelib.models import Models
 from chalicelib.r2 import R2
+from chalicelib.records import dataclass
 from chalicelib.runpod import Condition, Runpod, condition_of
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.settings import Settings

@@ -4,9 +4,10 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from chalicelib.errors import PermanentError
+from chalicelib.records import dataclass
 
 PIECE_CHARS = 1_000_000  # decoded at once; a multiple of four
 HEAD_CHARS = 8_000

@@ -21,7 +21,7 @@ and by a user alone:
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property
@@ -30,6 +30,7 @@ from typing import Any
 from uuid import UUID
 
 from chalicelib.errors import ServiceError
+from chalicelib.records import dataclass
 
 
 class Status(StrEnum):

@@ -1,7 +1,6 @@
 """What a file is, by its first bytes, and how wide and high; never by its name or by what a server says of it."""
 
 import io
-from dataclasses import dataclass
 from typing import IO
 
 import filetype
@@ -9,6 +8,7 @@ import filetype
 from chalicelib import boxes
 from chalicelib.content import Content
 from chalicelib.errors import PermanentError
+from chalicelib.records import dataclass
 
 HEAD_BYTES = 8192  # enough for every magic number
 HEADER_BYTES = 1_000_000  # enough for the header of a picture, with its colour profile and what a camera adds

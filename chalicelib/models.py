@@ -8,12 +8,13 @@ alone in its text is replaced by the value itself, one within a text by its word
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from random import Random
 from typing import Any
 
 from chalicelib.errors import RequestError, SettingError
+from chalicelib.records import dataclass
 
 SLOT = re.compile(r"\{\{(\w+)\}\}")
 PROMPT = "prompt"  # the slot that the field `prompt` fills

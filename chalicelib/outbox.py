@@ -1,13 +1,13 @@
 """The outbox of callbacks as a table: what is due is claimed, what came of it is written down. One D1 call each."""
 
 import json
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from chalicelib.d1 import D1, Row
 from chalicelib.jobs import Job, to_text
 from chalicelib.queries import bind
+from chalicelib.records import dataclass
 
 AT_ONCE = 100  # deliveries that one claim takes
 OF_HOST = 50  # of them to one host

@@ -10,13 +10,13 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from chalicelib import media, names
 from chalicelib.errors import PermanentError
 from chalicelib.inline import Inline, damaged
 from chalicelib.names import Rank
+from chalicelib.records import dataclass
 
 # Bounds on an answer, which may be anything.
 MAX_DEPTH = 16

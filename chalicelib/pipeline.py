@@ -6,7 +6,7 @@ It runs four rounds a minute; two at once, here or in another process, do no har
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from random import Random
 
 from chalicelib import jobs, log, moves
@@ -21,6 +21,7 @@ from chalicelib.errors import (
 )
 from chalicelib.jobs import FINAL, LOW, NORMAL, Change, Job, State
 from chalicelib.models import Models
+from chalicelib.records import dataclass
 from chalicelib.rounds import DoubtfulClaim, Report, Round
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saver

@@ -6,13 +6,13 @@ import hashlib
 import io
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from chalicelib.content import SMALL_BYTES, Content
 from chalicelib.credentials import Credential
 from chalicelib.errors import PermanentError, ServiceError, TransientError
+from chalicelib.records import dataclass
 from chalicelib.runtime import Deadline
 
 CACHE_CONTROL = "public, max-age=31536000, immutable"

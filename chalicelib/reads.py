@@ -7,12 +7,13 @@ import json
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, TypeVar
 
 from chalicelib.d1 import D1, Row
 from chalicelib.jobs import DEFAULT_MODEL, Job, Status
 from chalicelib.queries import bind
+from chalicelib.records import dataclass
 from chalicelib.runtime import Clock
 from chalicelib.store import NEWEST
 
@@ -63,7 +64,7 @@ class Page:
     counts: dict[str, int] | None
 
 
-@dataclass
+@dataclass()
 class _Kept:
     answer: Future[Any] = field(default_factory=Future)
     until: float = float("inf")  # while it is being read

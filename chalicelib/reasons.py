@@ -1,12 +1,13 @@
 """Why a job is not done yet, in a word for machines and a sentence for people."""
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timedelta
 from typing import Any
 
 from chalicelib.errors import ServiceError
 from chalicelib.jobs import IN_QUEUE, LOW, Job, State, from_text, to_text
+from chalicelib.records import dataclass
 from chalicelib.runpod import Condition, Runpod, condition_of
 from chalicelib.runtime import Clock
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from random import Random
 
@@ -10,6 +9,7 @@ from chalicelib import log
 from chalicelib.errors import RequestError, ServiceError, TransientError, job_changed, no_such_job
 from chalicelib.jobs import FINAL, Job, result_folder
 from chalicelib.r2 import R2
+from chalicelib.records import dataclass
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.store import Store, new_nonce
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import timedelta
 
 from chalicelib import jobs, log, media, r2
@@ -13,6 +13,7 @@ from chalicelib.inline import Inline
 from chalicelib.jobs import File, Job
 from chalicelib.outputs import Findings, Link
 from chalicelib.r2 import R2
+from chalicelib.records import dataclass
 from chalicelib.runtime import Clock, Deadline
 from chalicelib.spool import Spool
 

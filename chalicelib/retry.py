@@ -5,8 +5,9 @@ Two loops use them and never mix: inside a call (idempotent ones only, while tim
 That RunPod does not tell a run's status has no policy: the next round asks again, until the job's deadline.
 """
 
-from dataclasses import dataclass
 from random import Random
+
+from chalicelib.records import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)

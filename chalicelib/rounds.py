@@ -7,13 +7,14 @@ in groups. So the number of D1 calls does not grow with the number of jobs.
 
 import contextlib
 import threading
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import timedelta
 from random import Random
 
 from chalicelib import log, moves
 from chalicelib.errors import IllegalTransition, ServiceError, TransientError
 from chalicelib.jobs import FINAL, Change, Job, State, to_text
+from chalicelib.records import dataclass
 from chalicelib.room import Place, Room
 from chalicelib.runpod import CALLS, CALLS_WITHIN, Answer
 from chalicelib.runtime import Clock, Crew, Deadline

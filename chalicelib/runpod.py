@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Any
 from urllib.parse import quote
@@ -11,6 +11,7 @@ from urllib.parse import quote
 from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.pace import Pace
+from chalicelib.records import dataclass
 from chalicelib.room import Place
 from chalicelib.runtime import Clock
 from chalicelib.wire import Reply, Wire, exchange_as

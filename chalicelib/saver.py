@@ -1,12 +1,13 @@
 """Changes on their way to the table: saved in groups, kept when D1 refuses, and never able to spoil each other."""
 
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from random import Random
 
 from chalicelib import jobs, log, moves
 from chalicelib.errors import PermanentError, ServiceError, TransientError
 from chalicelib.jobs import FINAL, Change, Job
+from chalicelib.records import dataclass
 from chalicelib.runpod import Runpod
 from chalicelib.runtime import Clock, Deadline
 from chalicelib.store import Store, new_nonce

@@ -4,13 +4,14 @@ import base64
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any
 
 from chalicelib import auth, parameters
 from chalicelib.auth import ApiKey
 from chalicelib.errors import ServiceError, SettingError
+from chalicelib.records import dataclass
 
 MAX_DEADLINE = 7 * 86_400  # seconds
 ENV_FILE = Path(__file__).parent.parent / ".env.local"

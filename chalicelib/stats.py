@@ -1,6 +1,6 @@
 """Figures of the last days, from the newest jobs of them; each answer stands for half a minute."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import timedelta
 from typing import Any
 
@@ -8,6 +8,7 @@ from chalicelib.d1 import D1
 from chalicelib.jobs import Status, to_text
 from chalicelib.queries import bind
 from chalicelib.reads import Recent
+from chalicelib.records import dataclass
 from chalicelib.runtime import Clock
 
 LOOKED_AT = 10_000  # jobs at most, the newest

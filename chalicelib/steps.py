@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any
@@ -12,6 +12,7 @@ from chalicelib.deadlines import Deadlines
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.jobs import Change, Job
 from chalicelib.models import Models
+from chalicelib.records import dataclass
 from chalicelib.results import Results
 from chalicelib.retry import Attempts
 from chalicelib.room import Place

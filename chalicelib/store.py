@@ -1,7 +1,7 @@
 """The jobs table as the pipeline sees it: create, claim, save and read, each in one D1 call."""
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any
@@ -11,6 +11,7 @@ from chalicelib.jobs import Change, Job, State, to_text
 from chalicelib.models import Models
 from chalicelib.moves import PROGRESS
 from chalicelib.queries import bind
+from chalicelib.records import dataclass
 
 # After how many seconds a run is looked at again that has taken less than a minute, or less than two, and so on: a
 # quarter of its time or sooner, where RunPod tells us of its end; else in every round. Each is a little under the grid

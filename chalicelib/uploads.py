@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from random import Random
@@ -17,6 +16,7 @@ from chalicelib.fetch import Fetch
 from chalicelib.jobs import new_id, to_text
 from chalicelib.queries import bind
 from chalicelib.r2 import R2
+from chalicelib.records import dataclass
 from chalicelib.results import DOUBTED
 from chalicelib.runtime import Clock, Crew, Deadline
 

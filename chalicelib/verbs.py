@@ -1,7 +1,7 @@
 """What users do to jobs that are there: cancel, retry, redrive and delete, one or many."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from random import Random
 
@@ -10,6 +10,7 @@ from chalicelib.errors import RequestError, ServiceError, TransientError, job_ch
 from chalicelib.jobs import FINAL, Change, Job, State, Status
 from chalicelib.pipeline import THREADS, VERB_TIMEOUT, Pipeline
 from chalicelib.reads import Cursor, Filter, Reads
+from chalicelib.records import dataclass
 from chalicelib.removal import Removal, why_not_deleted
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.steps import Steps

@@ -1,11 +1,10 @@
 """Holding an answer back until a job has ended."""
 
-from dataclasses import dataclass
-
 from chalicelib.d1 import Row
 from chalicelib.errors import ServiceError
 from chalicelib.jobs import FINAL, Job
 from chalicelib.reads import Reads
+from chalicelib.records import dataclass
 from chalicelib.runtime import Clock, Deadline
 from chalicelib.store import CALLS_KEPT_FROM_WEBHOOKS, Store
 

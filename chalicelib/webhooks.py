@@ -4,10 +4,10 @@ import hashlib
 import hmac
 import json
 import re
-from dataclasses import dataclass
 from urllib.parse import quote
 
 from chalicelib.errors import RequestError
+from chalicelib.records import dataclass
 
 MAX_BODY_BYTES = 6 * 1024 * 1024  # what Lambda takes; the body has the input and, inline, the pictures
 RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,200}")

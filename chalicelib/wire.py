@@ -6,7 +6,6 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import requests
@@ -22,6 +21,7 @@ from urllib3.exceptions import (
 from chalicelib.connection import Resolve, Session, Watch, watched
 from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, TransientError
+from chalicelib.records import dataclass
 from chalicelib.runtime import Clock
 
 CONNECT_TIMEOUT = 3.05  # seconds; just over TCP's first retransmission

@@ -1,6 +1,7 @@
 """The structure: which module may know which, and what stands in app.py."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ SERVICE = ROOT / "chalicelib"
 
 # From the ground up; a module may import only from those in lines above its own.
 LAYERS = [
-    {"errors"},
+    {"errors", "records"},
     {"retry", "runtime", "parameters", "connection", "boxes", "inline", "webhooks", "auth", "models", "page"},
     {"room", "pace"},
     {"settings", "credentials"},
@@ -91,6 +92,15 @@ def test_only_the_edge_knows_chalice():
         "inputs",
         "orders",
     }
+
+
+def test_only_records_makes_classes_by_the_standard_dataclass():
+    text = {name: path.read_text(encoding="utf-8") for name, path in modules().items()}
+
+    assert not [
+        name for name in text if re.search(r"^from dataclasses import .*\bdataclass\b", text[name], re.MULTILINE)
+    ]
+    assert [name for name in text if "import dataclasses" in text[name]] == ["records"]
 
 
 def test_app_is_a_table_of_contents():
