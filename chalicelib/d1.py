@@ -21,18 +21,17 @@ MAX_ANSWER_BYTES = 32_000_000
 
 # What D1 says, in a 400 of its catch-all code 7500, when the statement itself is not at fault.
 # https://developers.cloudflare.com/d1/observability/debug-d1/
-NOT_OUR_SQL = re.compile(
+NOT_OUR_SQL = (
     r"internal error|network connection lost|storage caused object to be reset|reset because its code was updated"
-    r"|cannot resolve d1 db|client disconnected|exceeded timeout|exceeded its (cpu|memory)|memory limit|was reset",
-    re.IGNORECASE,
+    r"|cannot resolve d1 db|client disconnected|exceeded timeout|exceeded its (cpu|memory)|memory limit|was reset"
 )
 # What it says when a value of one row is at fault, so that a batch without that row would be taken.
-FAULT_OF_A_ROW = re.compile(r"SQLITE_CONSTRAINT|SQLITE_TOOBIG|string or blob too big|malformed JSON", re.IGNORECASE)
-READ_ONLY = re.compile(r"SQLITE_AUTH", re.IGNORECASE)
-LACKING = re.compile(r"no such (table|column): |has no column named", re.IGNORECASE)
-QUOTA = re.compile(r"exceeded D1's (free|daily)|daily row (read|write) limit", re.IGNORECASE)
+FAULT_OF_A_ROW = r"SQLITE_CONSTRAINT|SQLITE_TOOBIG|string or blob too big|malformed JSON"
+READ_ONLY = r"SQLITE_AUTH"
+LACKING = r"no such (table|column): |has no column named"
+QUOTA = r"exceeded D1's (free|daily)|daily row (read|write) limit"
 # A 429 of D1's own that was refused before it ran; other texts of it speak of a reset in the middle.
-NEVER_RAN = re.compile(r"queued for too long|overloaded|too many requests queued", re.IGNORECASE)
+NEVER_RAN = r"queued for too long|overloaded|too many requests queued"
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,12 @@ def _failure(reply: Reply, envelope: dict[str, Any]) -> ServiceError:
     )
 
 
+def _says(message: str, pattern: str) -> bool:
+    return re.search(pattern, message, re.IGNORECASE) is not None
+
+
 def _overloaded(reply: Reply, code: object, message: str) -> ServiceError:
-    if code == 7429 and not NEVER_RAN.search(message):
+    if code == 7429 and not _says(message, NEVER_RAN):
         return IndeterminateError(
             "d1_reset", f"D1 was reset while it worked: {message}", service="d1", retry_after=reply.retry_after
         )
@@ -205,19 +208,19 @@ def _rate_limited(retry_after: float | None) -> TransientError:
 
 
 def _refused(message: str) -> ServiceError:
-    if QUOTA.search(message):
+    if _says(message, QUOTA):
         return TransientError("d1_quota", f"D1's daily quota is used up: {message}", service="d1", retry_after=900)
-    if NEVER_RAN.search(message):
+    if _says(message, NEVER_RAN):
         return TransientError("d1_overloaded", f"D1 is overloaded: {message}", service="d1")
-    if NOT_OUR_SQL.search(message):
+    if _says(message, NOT_OUR_SQL):
         return IndeterminateError("d1_internal", f"D1 failed inside: {message}", service="d1")
-    if READ_ONLY.search(message):
+    if _says(message, READ_ONLY):
         return PermanentError("d1_read_only", f"D1 lets this token only read: {message}", service="d1")
-    if LACKING.search(message):
+    if _says(message, LACKING):
         return PermanentError(
             "d1_schema",
             f"The database lacks what the code needs ({message}); run `python -m tools.schema`.",
             service="d1",
         )
-    code = "d1_row" if FAULT_OF_A_ROW.search(message) else "d1_sql"
+    code = "d1_row" if _says(message, FAULT_OF_A_ROW) else "d1_sql"
     return PermanentError(code, f"D1 refused the statement: {message}", service="d1")

@@ -14,8 +14,8 @@ def load_queries(text: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     """
     texts: dict[str, str] = {}
     names = []
-    for kind, block in re.findall(r"^-- (name|part): (.*?)(?=^-- (?:name|part): |\Z)", text, re.MULTILINE | re.DOTALL):
-        name, _, body = block.partition("\n")
+    _, *blocks = re.split(r"^-- (name|part): (.*)$", text, flags=re.MULTILINE)
+    for kind, name, body in zip(blocks[::3], blocks[1::3], blocks[2::3], strict=True):
         sql = "\n".join(line for line in body.splitlines() if not line.lstrip().startswith("--")).strip()
         texts[name.strip()] = re.sub(r"\{(\w+)\}", lambda found: texts[found[1]], sql)
         names += [name.strip()] if kind == "name" else []
@@ -23,10 +23,10 @@ def load_queries(text: str) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def _numbered(sql: str) -> tuple[str, tuple[str, ...]]:
-    names = tuple(dict.fromkeys(re.findall(r"(?<![:\w]):([a-z_]+)", sql)))
-    for number, parameter in enumerate(names, start=1):
-        sql = re.sub(rf":{parameter}\b", f"?{number}", sql)
-    return sql, names
+    numbers: dict[str, int] = {}
+    # The colon first: a search that begins with it is several times as fast, and every cold start makes it.
+    sql = re.sub(r":(?<![:\w]:)([a-z_]+)", lambda found: f"?{numbers.setdefault(found[1], len(numbers) + 1)}", sql)
+    return sql, tuple(numbers)
 
 
 QUERIES = load_queries((Path(__file__).parent / "queries.sql").read_text(encoding="utf-8"))
