@@ -84,7 +84,7 @@ def _forgetting(call: Call) -> Iterator[None]:
         yield
     finally:
         if call.request.method != "GET":
-            call.service.reads.forget()
+            call.service.forget_reads()
 
 
 def _caller(current: Service, request: Request, right: Right | None, anonymous: bool) -> str:

@@ -1,4 +1,8 @@
-"""The answers of every route, and what the schedule runs: requests in, JSON out."""
+"""
+The answers of every route, and what the schedule runs: requests in, JSON out.
+
+What one route alone needs is imported there: no cold start waits for what its request has no use for.
+"""
 
 import json
 from collections.abc import Callable
@@ -6,26 +10,27 @@ from dataclasses import replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from chalice.app import Request, Response
 
-from chalicelib import advice, answers, filters, inputs, jobs, log, orders, page
+from chalicelib import answers, inputs, jobs, log, page, settings
 from chalicelib.answers import ANONYMOUS, Answer, Call, route
 from chalicelib.auth import Right
 from chalicelib.bootstrap import service
-from chalicelib.d1 import Row
-from chalicelib.errors import IndeterminateError, RequestError, SettingError, no_such_job
+from chalicelib.errors import IndeterminateError, RequestError, ServiceError, no_such_job
 from chalicelib.jobs import FINAL, Job, Status
-from chalicelib.reads import COUNTED
 from chalicelib.runtime import Deadline
-from chalicelib.waiting import MOST_SECONDS
+
+if TYPE_CHECKING:
+    from chalicelib.d1 import Row
 
 # Bodies are JSON whatever they are called: a browser's fetch says text/plain and curl -d says form.
 BODY_TYPES = ["application/json", "text/plain", "application/x-www-form-urlencoded"]
 
 SERVICE = "ob-ai-studio"
+OF_PICTURES = "R2_PUBLIC_BASE_URL|R2_ENDPOINT_URL|CLOUDFLARE_ACCOUNT_ID"  # the settings that tell where they are
 REQUEST_SECONDS = 24.0  # every request is over in 25 s; API Gateway gives up after 29
 READ_SECONDS = 10.0
 PAGE_BYTES = 4_000_000  # of the jobs of a list; a Lambda may answer 6 MB
@@ -43,8 +48,8 @@ def get_page(request: Request | None) -> Response:
 
 def _policy() -> str:
     try:
-        return page.policy(service().settings.picture_urls)
-    except SettingError:  # the page comes all the same, and shows what the API says of it
+        return page.policy(settings.load(only=OF_PICTURES).picture_urls)  # no secret, which SSM may have
+    except ServiceError:  # the page comes all the same, and shows what the API says of it
         return page.policy([])
 
 
@@ -83,6 +88,8 @@ def _document() -> dict[str, Any]:
 @route(Right.READ)
 def get_deep_health(call: Call) -> Answer:
     """Alive; with `deep=1` whether all that the service needs is so, too."""
+    from chalicelib import advice
+
     deep = inputs.read_flag("deep", inputs.query_of(call.request).get("deep"))
     if not deep:
         return {"service": SERVICE}
@@ -103,6 +110,8 @@ def list_models(call: Call) -> Answer:
 @route(Right.WRITE)
 def offer_upload(call: Call) -> Answer:
     """Where a picture may be put, and its key."""
+    from chalicelib import orders
+
     content_type, size = orders.read_upload(inputs.read_body(call.request))
     deadline = Deadline(call.service.clock, REQUEST_SECONDS)
     return call.service.uploads.offer(content_type=content_type, size=size, deadline=deadline)
@@ -111,6 +120,8 @@ def offer_upload(call: Call) -> Answer:
 @route(Right.WRITE, anonymous=True)
 def create_job(call: Call) -> Answer:
     """Queue a job, or several at once, and send them to RunPod."""
+    from chalicelib import orders
+
     body = inputs.read_body(call.request)
     wanted, listed = orders.read_new_jobs(body, call.service.models)
     key, request_hash = orders.read_idempotency_key(call.request), orders.hash_of(body)
@@ -185,6 +196,9 @@ def get_status(call: Call, job_id: str | None = None) -> Answer:
 @route(Right.READ, etag=True)
 def list_jobs(call: Call) -> Answer:
     """Jobs, newest first."""
+    from chalicelib import filters
+    from chalicelib.reads import COUNTED
+
     query = inputs.query_of(call.request)
     wanted, counts = filters.from_query(query), inputs.read_include(query.get("include"), "counts")
     limit, after = inputs.read_limit(query.get("limit")), inputs.read_cursor(query.get("cursor"))
@@ -209,6 +223,8 @@ def _fitting(jobs: list[Answer]) -> list[Answer]:
 @route(Right.READ, etag=True)
 def get_job(call: Call, job_id: str) -> Answer:
     """One job with its timeline and attempts; held back until it has ended where the caller prefers to wait."""
+    from chalicelib.waiting import MOST_SECONDS
+
     wanted = inputs.read_id(unquote(job_id))
     with_input = inputs.read_include(inputs.query_of(call.request).get("include"), "input")
     wait = inputs.read_wait(call.request)
@@ -271,6 +287,8 @@ def _do(call: Call, verb: Callable[..., Job], job_id: str) -> Answer:
 @route(Right.ADMIN)
 def do_to_many(call: Call) -> Answer:
     """Cancel, retry, redrive or delete the newest jobs that a filter finds."""
+    from chalicelib import filters
+
     body = inputs.read_body(call.request)
     do, wanted = filters.read_bulk(body)
     limit, after, dry_run = inputs.read_many(body)
@@ -389,7 +407,7 @@ def run_minute(context: Any) -> Answer:
     }
 
 
-def _found(job: Job | None, timeline: list[Row] | None = None) -> Job:
+def _found(job: Job | None, timeline: "list[Row] | None" = None) -> Job:
     if job is not None:
         return job
     if timeline:

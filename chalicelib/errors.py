@@ -128,3 +128,10 @@ def no_such_job() -> RequestError:
 def job_changed() -> TransientError:
     """What is said where somebody else was first."""
     return TransientError("job_changed", "The job has changed at the same moment; look at it and try again.")
+
+
+def no_picture(key: str) -> RequestError:
+    """What is said of a key behind which there is nothing that a job may use."""
+    return RequestError(
+        "image_not_found", f"There is no uploaded picture {key[:120]}; put it there first, it is kept for a day."
+    )

@@ -9,8 +9,7 @@ from typing import Any
 from chalice.app import MultiDict, Request
 
 from chalicelib.errors import RequestError, no_such_job
-from chalicelib.jobs import DEFAULT_MODEL
-from chalicelib.store import NEWEST
+from chalicelib.jobs import DEFAULT_MODEL, NEWEST
 
 MAX_BODY_BYTES = 512 * 1024
 MAX_DEPTH = 100  # objects and lists in each other; what reads them on the way recurses

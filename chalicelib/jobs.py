@@ -91,6 +91,7 @@ FINAL = frozenset(State) - {
     state for verb, (sources, _) in TRANSITIONS.items() if verb not in BY_USER for state in sources
 }
 
+NEWEST = ("9999", "")  # a cursor, of a time and an id, that comes before every job
 DEFAULT_MODEL = "qwen-image"
 NORMAL, LOW = "normal", "low"  # priorities
 IN_QUEUE = "IN_QUEUE"  # what RunPod says before a worker has begun

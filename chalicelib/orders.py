@@ -7,7 +7,7 @@ from typing import Any
 
 from chalice.app import Request
 
-from chalicelib import jobs, uploads
+from chalicelib import jobs
 from chalicelib.errors import RequestError
 from chalicelib.inputs import read_metadata, read_model, whole
 from chalicelib.jobs import LOW, NORMAL
@@ -111,6 +111,8 @@ def _as_list(given: object) -> list[object]:
 
 
 def _read_key(key: object) -> str:
+    from chalicelib import uploads  # here, because few jobs have a picture
+
     if not isinstance(key, str) or not re.fullmatch(rf"{uploads.PREFIX}[0-9a-f/-]{{10,80}}", key):
         raise RequestError("images_invalid", "image_key must be a key from POST /api/uploads, or a list of such.")
     return key
@@ -201,6 +203,8 @@ def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
 
 def read_upload(body: dict[str, Any]) -> tuple[str, int]:
     """The type and the size of a picture that is to be uploaded."""
+    from chalicelib import uploads
+
     content_type, size = body.get("content_type"), whole(body.get("bytes"))
     if content_type not in uploads.TYPES:
         raise RequestError("content_type_invalid", f"content_type must be one of {', '.join(uploads.TYPES)}.")

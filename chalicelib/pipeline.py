@@ -8,15 +8,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from random import Random
+from typing import TYPE_CHECKING
 
 from chalicelib import jobs, log, moves
-from chalicelib.courier import Courier
 from chalicelib.errors import (
     IndeterminateError,
     PermanentError,
     RequestError,
     ServiceError,
     TransientError,
+    no_picture,
     no_such_job,
 )
 from chalicelib.jobs import FINAL, LOW, NORMAL, Change, Job, State
@@ -27,8 +28,11 @@ from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saver
 from chalicelib.steps import Steps
 from chalicelib.store import CALLS_KEPT_FROM_WEBHOOKS, Store, new_nonce
-from chalicelib.uploads import Uploads, no_picture
 from chalicelib.webhooks import Webhooks
+
+if TYPE_CHECKING:
+    from chalicelib.courier import Courier
+    from chalicelib.uploads import Uploads
 
 ROUNDS = 4  # a minute
 ROUND_EVERY = 15.0  # seconds from start to start
@@ -46,7 +50,7 @@ CALLS_KEPT_FOR_ROUNDS = 100  # under this many D1 calls left, creating only queu
 
 @dataclass(kw_only=True)
 class Pipeline:
-    """Everything that moves jobs; one for each process."""
+    """Everything that moves jobs; one for each process. What not every request needs is made when it is called for."""
 
     store: Store
     steps: Steps
@@ -55,8 +59,8 @@ class Pipeline:
     rng: Random
     webhooks: Webhooks
     models: Models
-    courier: Courier
-    uploads: Uploads
+    courier: "Callable[[], Courier]"
+    uploads: "Callable[[], Uploads]"
     skip_idle_rounds: bool = False
     new_crew: Callable[[int], Crew] = Crew
     doubtful: DoubtfulClaim = field(default_factory=DoubtfulClaim)
@@ -194,7 +198,7 @@ class Pipeline:
     def _tell(self, job: Job, deadline: Deadline) -> None:
         """Tell of the end at once, if it is one, but not for long: RunPod waits for our answer."""
         if job.state in FINAL and job.callback_url:
-            self.courier.run(deadline.less(max(0.0, deadline.left() - TOLD_WITHIN)), job_id=job.id)
+            self.courier().run(deadline.less(max(0.0, deadline.left() - TOLD_WITHIN)), job_id=job.id)
 
     def _calls_left(self) -> float:
         calls_left = self.store.calls_left()
@@ -247,7 +251,7 @@ class Pipeline:
         A slot that a long round has run over is left out. A round that fails does not keep the others from running.
         """
         with self.new_crew(ERRANDS) as errands:
-            errands.start(lambda: self.courier.run(deadline))
+            errands.start(lambda: self.courier().run(deadline))
             if self.clock.now().minute % SWEEP_EVERY == 0:
                 errands.start(lambda: self._sweep(deadline))
             reports = self._rounds(deadline, errands)
@@ -267,7 +271,7 @@ class Pipeline:
                 self.clock.sleep(pause)
             report = self._guarded_round(deadline)
             if any(job.callback_url for one in report for job in one.updated):
-                errands.start(lambda: self.courier.run(deadline))  # beside the rounds, which no receiver may delay
+                errands.start(lambda: self.courier().run(deadline))  # beside the rounds, which no receiver may delay
             reports += report
             if self.skip_idle_rounds and any(one.idle for one in report):
                 break
@@ -276,7 +280,7 @@ class Pipeline:
 
     def _sweep(self, deadline: Deadline) -> None:
         try:
-            self.uploads.sweep(deadline)
+            self.uploads().sweep(deadline)
         except ServiceError as error:
             log.failed("uploads_not_swept", error)
         except Exception:

@@ -11,11 +11,10 @@ from dataclasses import field, replace
 from typing import Any, TypeVar
 
 from chalicelib.d1 import D1, Row
-from chalicelib.jobs import DEFAULT_MODEL, Job, Status
+from chalicelib.jobs import DEFAULT_MODEL, NEWEST, Job, Status
 from chalicelib.queries import bind
 from chalicelib.records import dataclass
 from chalicelib.runtime import Clock
-from chalicelib.store import NEWEST
 
 KEPT_SECONDS = 1.5  # for which an answer stands
 KEPT_ANSWERS = 500  # at most

@@ -4,7 +4,6 @@ import contextvars
 import queue
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from types import TracebackType
 
@@ -49,6 +48,8 @@ class Crew:
     """Threads that run tasks side by side; what a task returns is handed back by wait()."""
 
     def __init__(self, size: int) -> None:
+        from concurrent.futures import ThreadPoolExecutor  # here, because a create has no use for it
+
         self._pool = ThreadPoolExecutor(max_workers=size, thread_name_prefix="crew")
         self._finished: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.busy = 0

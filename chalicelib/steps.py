@@ -1,24 +1,31 @@
-"""One job's next step: ask a cloud, return the change to save, or None where there is nothing new. Steps never save."""
+"""
+One job's next step: ask a cloud, return the change to save, or None where there is nothing new. Steps never save.
+
+What reads and stores a worker's answer is imported where there is one: a job is sent without it.
+"""
 
 import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from chalicelib import deadlines, jobs, log, moves, outputs, progress, results
+from chalicelib import deadlines, jobs, log, moves
 from chalicelib.deadlines import Deadlines
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.jobs import Change, Job
 from chalicelib.models import Models
 from chalicelib.records import dataclass
-from chalicelib.results import Results
 from chalicelib.retry import Attempts
 from chalicelib.room import Place
 from chalicelib.runpod import Answer, Runpod, Verdict
 from chalicelib.runtime import Clock, Deadline
 from chalicelib.webhooks import Webhooks
+
+if TYPE_CHECKING:
+    from chalicelib.results import Results
 
 RUN_TIMEOUT = 10.0  # seconds for /run
 STATUS_TIMEOUT = 8.0  # seconds for /status, whose answer may carry 20 MB
@@ -43,7 +50,7 @@ class Steps:
     """The three steps and the clouds they ask."""
 
     runpod: Runpod
-    results: Results
+    results: "Callable[[], Results]"
     clock: Clock
     rng: Random
     default_endpoint_id: str
@@ -55,7 +62,7 @@ class Steps:
     @property
     def store_reserve(self) -> float:
         """Seconds that must be left when a result is begun to be stored."""
-        return SAVE_RESERVE + self.results.put_reserve
+        return SAVE_RESERVE + self.results().put_reserve
 
     def submit(self, job: Job, deadline: Deadline) -> Change:
         """Begin the paid run whose intent is on disk; called at most once for each claim."""
@@ -90,7 +97,7 @@ class Steps:
     def _sign(self, key: str, job: Job) -> str:
         """Where the worker reads a picture of the job's input, for as long as the job may take."""
         left = deadlines.seconds_left(job, self.clock.now())
-        return self.results.bucket.presign(key, seconds=min(max(left, MIN_SIGNED), deadlines.MAX_POLICY_SECONDS))
+        return self.results().bucket.presign(key, seconds=min(max(left, MIN_SIGNED), deadlines.MAX_POLICY_SECONDS))
 
     def poll(
         self, job: Job, deadline: Deadline, *, lease: float, place: Place | None = None
@@ -132,6 +139,8 @@ class Steps:
 
     def store(self, job: Job, answer: Answer | None, deadline: Deadline, *, place: Place | None = None) -> Change:
         """Put the finished result into R2; without the answer of the poll RunPod is asked again."""
+        from chalicelib import outputs, results
+
         if job.holds >= MAX_HOLDS:
             return moves.bury(job, _poison(), now=self.clock.now())
         if job.warnings is None:
@@ -142,7 +151,7 @@ class Steps:
                     return self.not_stored(job, error)
         try:
             found = outputs.read(answer.output) if answer else results.from_row(job)
-            kept = self.results.keep(job, found, deadline.less(SAVE_RESERVE), age=self._age_of_result(job))
+            kept = self.results().keep(job, found, deadline.less(SAVE_RESERVE), age=self._age_of_result(job))
         except PermanentError as error:
             return self._never_stored(job, error, answer)
         job = moves.keep(
@@ -175,6 +184,8 @@ class Steps:
         return moves.hold(job, error, now=now, rng=self.rng)
 
     def _never_stored(self, job: Job, error: PermanentError, answer: Answer | None) -> Change:
+        from chalicelib import outputs
+
         now = self.clock.now()
         if job.files:  # of an earlier try, when RunPod's answer was still another
             return moves.finish(job, problems=[error], now=now)
@@ -184,7 +195,7 @@ class Steps:
 
     def has_result(self, job: Job, deadline: Deadline) -> bool:
         """Whether something of a dead letter's result is left to be had. Raises TransientError where nobody says."""
-        if job.files or (job.spooled and self.results.has_spooled(job, deadline)):
+        if job.files or (job.spooled and self.results().has_spooled(job, deadline)):
             return True
         if job.left == "links":
             return True
@@ -248,6 +259,8 @@ class Steps:
                 error = deadlines.took_too_long(self.deadlines.of_run(job))
                 return moves.fail(job, error, runpod=seen, price=price, now=now)
             case Verdict.FAILED:
+                from chalicelib import outputs
+
                 error = _said("worker_failed", "RunPod's worker failed", answer.error)
                 return self._again_or_failed(job, error, seen, output=outputs.excerpt(answer.output))
             case Verdict.CANCELLED | Verdict.TIMED_OUT if job.cancel_at or why:
@@ -267,6 +280,8 @@ class Steps:
                 return self._missing(job, why)
 
     def _observed(self, job: Job, answer: Answer, seen: dict[str, Any]) -> Change | None:
+        from chalicelib import progress
+
         told = progress.read(answer.output) or job.progress
         begun = answer.status != jobs.IN_QUEUE and job.started_at is None
         if not begun and answer.status == job.runpod_status:
@@ -328,6 +343,8 @@ def _age(text: str, now: datetime) -> timedelta:
 
 def _unsigned(error: ServiceError) -> ServiceError:
     """RunPod may tell back what it was sent, in which links are signed."""
+    from chalicelib import outputs
+
     error.sentence = outputs.without_signatures(error.sentence)
     return error
 
@@ -353,5 +370,7 @@ def _poison() -> PermanentError:
 
 
 def _said(code: str, sentence: str, reason: str) -> PermanentError:
+    from chalicelib import outputs
+
     reason = outputs.without_signatures(reason[: 2 * moves.MAX_ERROR_CHARS])
     return PermanentError(code, f"{sentence}: {reason}" if reason else f"{sentence}.", service="runpod")

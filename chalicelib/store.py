@@ -22,7 +22,6 @@ SCHEMA_CHANGE = 5  # the last of the numbered changes to the schema that the que
 LOW_AHEAD = 8  # runs that wait for a worker, from which on jobs of low priority wait here
 LOW_WAIT = timedelta(minutes=10)  # for which they do; then they are like any other
 UPLOADS_LEFT_FOR = timedelta(minutes=15)  # after the last job that used them; longer than one may still be put
-NEWEST = ("9999", "")  # a cursor that comes before every row
 
 
 def new_nonce(rng: Random) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from chalicelib import log, media
 from chalicelib.content import Content
 from chalicelib.d1 import D1
-from chalicelib.errors import RequestError, ServiceError, TransientError
+from chalicelib.errors import RequestError, ServiceError, TransientError, no_picture
 from chalicelib.fetch import Fetch
 from chalicelib.jobs import new_id, to_text
 from chalicelib.queries import bind
@@ -130,13 +130,6 @@ class Uploads:
             log.failed("upload_not_removed", error)
             return None
         return key
-
-
-def no_picture(key: str) -> RequestError:
-    """What is said of a key behind which there is nothing that a job may use."""
-    return RequestError(
-        "image_not_found", f"There is no uploaded picture {key[:120]}; put it there first, it is kept for a day."
-    )
 
 
 def _why_not(url: str, error: ServiceError) -> ServiceError:

@@ -34,11 +34,11 @@ from chalicelib.content import Content
 from chalicelib.credentials import Credential
 from chalicelib.d1 import D1
 from chalicelib.errors import TransientError
-from chalicelib.jobs import Job, State
+from chalicelib.jobs import NEWEST, Job, State
 from chalicelib.r2 import R2
 from chalicelib.reads import Filter
 from chalicelib.runtime import Clock, Deadline
-from chalicelib.store import NEWEST, Limits
+from chalicelib.store import Limits
 from chalicelib.wire import Wire
 from tests import openapi
 from tests.engines import processes

@@ -71,7 +71,10 @@ def fork(service: Service, life: tuple[int, int], task: str, arguments: list[str
 
 def main() -> None:
     service = bootstrap.build(settings.load(), FastClock())
-    service.bucket.presign("warm", seconds=1)  # making boto3's client takes longer than most of them live
+    # Importing what they work with, and making boto3's client, takes longer than most of them live.
+    for part in ("pipeline", "results", "courier"):
+        getattr(service, part)
+    service.bucket.presign("warm", seconds=1)
     life = os.pipe()
     for line in sys.stdin:
         task, *arguments = line.split()

@@ -40,7 +40,7 @@ def grown(action):
     return action(), peak() - before
 
 service = bootstrap.build(settings.load(), Clock())
-results = service.pipeline.steps.results
+results = service.results
 
 def store(name, *sources):
     job = Job(id=name, created_at="2026-01-31T00:00:00.000Z", attempt=1)

@@ -403,8 +403,8 @@ MUTANTS = [
     Mutant(
         "a round waits for the receivers",
         "pipeline.py",
-        "                errands.start(lambda: self.courier.run(deadline))  # beside",
-        "                self.courier.run(deadline)  # beside",
+        "                errands.start(lambda: self.courier().run(deadline))  # beside",
+        "                self.courier().run(deadline)  # beside",
     ),
     Mutant(
         "one host may have all that is told at a time",

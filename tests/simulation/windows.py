@@ -13,9 +13,8 @@ from typing import Any
 
 from chalicelib.bootstrap import Service
 from chalicelib.errors import RequestError, ServiceError, TransientError
-from chalicelib.jobs import RUNPOD_KEEPS
+from chalicelib.jobs import NEWEST, RUNPOD_KEEPS
 from chalicelib.runtime import Deadline
-from chalicelib.store import NEWEST
 from tests.simulation.clouds import PICTURES, RECEIVERS, Run
 from tests.simulation.faults import Fate, Faults, Plan
 from tests.simulation.scenario import ENVIRONMENT, Scenario

@@ -80,8 +80,8 @@ class Process:
             world.config,
         )
         service.bucket._client = s3.r2_client()
-        if service.pipeline.steps.results.spool:
-            service.pipeline.steps.results.spool._client = s3.spool_client()
+        if service.spool:
+            service.spool._client = s3.spool_client()
         run_round = service.pipeline.run_round
 
         def told_round(*args: Any, **kwargs: Any) -> Report:

@@ -113,7 +113,7 @@ def test_a_private_bucket_is_admitted_by_its_endpoint_alone(client, monkeypatch)
 
 
 def test_without_settings_the_page_comes_all_the_same(client, monkeypatch):
-    monkeypatch.delenv("D1_DATABASE_ID")
+    monkeypatch.delenv("CLOUDFLARE_ACCOUNT_ID")
     bootstrap.service.cache_clear()
 
     response = fetch(client, "/")

@@ -256,7 +256,7 @@ def test_a_crash_over_one_file_concerns_that_file_alone(bench, monkeypatch):
 
 def test_links_that_take_all_the_time_keep_no_other_file_waiting(bench, monkeypatch):
     hanging = {A_PNG, B_PNG, A_JPG}
-    download = type(bench.service.pipeline.steps.results.fetch).download
+    download = type(bench.service.results.fetch).download
 
     def hang(self, url, into, *, timeout):
         if url in hanging:
@@ -264,7 +264,7 @@ def test_links_that_take_all_the_time_keep_no_other_file_waiting(bench, monkeypa
             raise TransientError("result_timeout", "silence", service="result")
         return download(self, url, into, timeout=timeout)
 
-    monkeypatch.setattr(type(bench.service.pipeline.steps.results.fetch), "download", hang)
+    monkeypatch.setattr(type(bench.service.results.fetch), "download", hang)
 
     job = run(bench, [A_PNG, B_PNG, A_JPG, A_MP4, b64(PNG_3)])
     assert [file["bytes"] for file in job.files] == [len(PNG_3)]
@@ -455,9 +455,7 @@ def test_an_id_too_short_to_be_one_alone_gives_no_right(bench, wire, sent, job_f
     sent.clear()
     found = Findings((Link(f"{OWN}private/ab.png"),))
 
-    kept = bench.service.pipeline.steps.results.keep(
-        job_factory(State.STORE, **ids), found, bench.deadline(), age=timedelta(0)
-    )
+    kept = bench.service.results.keep(job_factory(State.STORE, **ids), found, bench.deadline(), age=timedelta(0))
 
     assert (kept.error.code, sent) == ("link_forbidden", [])
 

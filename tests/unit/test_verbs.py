@@ -281,7 +281,7 @@ def spool(bench, s3):
     s3.create_bucket(Bucket="spool")
     spool = Spool("spool")
     spool._client = s3
-    bench.service.pipeline.steps.results.spool = spool
+    bench.service.results.spool = spool
     yield lambda: [entry["Key"] for entry in s3.list_objects_v2(Bucket="spool").get("Contents", [])]
     for entry in s3.list_objects_v2(Bucket="spool").get("Contents", []):
         s3.delete_object(Bucket="spool", Key=entry["Key"])
