@@ -1,8 +1,9 @@
 """
 What a round takes, beside the same calls made bare and one after the other: `.venv/bin/python -m bench.rounds`.
 
-Each measurement has a process of its own and a local cloud of its own, as slow to answer as the real clouds are expected
-to be (--latency 1), or ten times faster (0.1). Both processes share this machine. What is compared is made in turn.
+Each measurement has a process of its own and a local cloud of its own, as slow to answer as the real clouds are
+expected to be (--latency 1), or ten times faster (0.1). Both processes share this machine. What is compared is made in
+turn.
 """
 
 import argparse
@@ -80,7 +81,7 @@ STORING = [(LINKS, 100), (LINKS, 1_000), (BASE64, 100), (BASE64, 1_000)]
 
 def rounds(options: argparse.Namespace) -> Iterator[Figures]:
     """Every case, as it is measured; RunPod's limit is lifted for ten thousand, else only it would be measured."""
-    columns = ("jobs", "pictures", "round, s", "bare, s", "wall", "CPU", "loop, s", "faster", "ms a job", "D1 calls", "MB")
+    columns = ("jobs", "pictures", "round, s", "bare, s", "wall", "CPU", "loop, s", "faster", "ms a job", "D1", "MB")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for kind, count in [*CASES, *STORING]:
         found = compare(kind, count, latency=options.latency, service=options.service, unlimited=count > 1_000)

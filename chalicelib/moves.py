@@ -144,6 +144,11 @@ def go_further(job: Job, *, progress: str) -> Change:
     return Change(job=replace(job, progress=progress), before=job, event=PROGRESS)
 
 
+def look_again(job: Job, *, at: str) -> Change:
+    """It is looked at then, unless it is due before, for there was no answer now; no move either."""
+    return Change(job=replace(job, due_at=at), before=job, event=PROGRESS)
+
+
 def complete(
     job: Job, *, lease_until: str, runpod: Mapping[str, Any], price: float | None = None, now: datetime
 ) -> Change:

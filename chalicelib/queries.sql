@@ -347,9 +347,10 @@ WHERE jobs.id = json_extract(row.value, '$.id')
 
 
 -- name: record_progress
--- How far the run of an attempt is; no move, so that whoever makes one meanwhile is not in its way.
+-- How far the run of an attempt is, and whether it is looked at sooner again; no move, so that whoever makes one meanwhile
+-- is not in its way.
 UPDATE jobs
-SET progress = json_extract(row.value, '$.progress')
+SET progress = json_extract(row.value, '$.progress'), due_at = min(jobs.due_at, json_extract(row.value, '$.due_at'))
 FROM json_each(:further) AS row
 WHERE jobs.id = json_extract(row.value, '$.id') AND jobs.step = 'poll'
   AND jobs.runpod_job_id = json_extract(row.value, '$.runpod_job_id')

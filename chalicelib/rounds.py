@@ -20,7 +20,7 @@ from chalicelib.runpod import CALLS, CALLS_WITHIN, Answer
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saved, Saver
 from chalicelib.steps import Steps
-from chalicelib.store import Claimed, Limits, Store, new_nonce
+from chalicelib.store import IN_THE_NEXT_ROUND, Claimed, Limits, Store, new_nonce
 
 SAVE_EVERY = 1.0  # seconds between saves while work goes on; Cloudflare allows four calls a second for everything
 CLAIM_TIMEOUT = 12.0  # seconds
@@ -206,7 +206,7 @@ class Round:
                     )
         except TransientError as error:
             log.failed("no_answer", error, job_id=job.id)
-            return Outcome(asked=True)
+            return Outcome(change=self._sooner(job), asked=True)
         except Exception:
             log.crashed("step_crashed", job_id=job.id)
             if job.state is State.STORE:
@@ -234,6 +234,11 @@ class Round:
                 return Outcome(change=change, asked=True, seen=Seen(size=answer.bytes))
             until_here.pop_all()
             return Outcome(change=change, asked=True, seen=Seen(size=answer.bytes, answer=answer, place=place))
+
+    def _sooner(self, job: Job) -> Change | None:
+        """Have a run that gave no answer looked at in the next round, where it would else be due later."""
+        at = to_text(self.clock.now() + timedelta(seconds=IN_THE_NEXT_ROUND))
+        return moves.look_again(job, at=at) if job.due_at > at else None
 
     def _may_keep(self, answer: Answer) -> bool:
         with self._keeping:

@@ -16,8 +16,9 @@ from chalicelib.records import dataclass
 # After how many seconds a run is looked at again that has taken less than a minute, or less than two, and so on: a
 # quarter of its time or sooner, where RunPod tells us of its end; else in every round. Each is a little under the grid
 # of 15 s, for a round may begin sooner than that after the last.
-POLL_AGAIN_WITH_WEBHOOKS = (12, 12, 27, 42, 57)
-POLL_AGAIN = (12,)
+IN_THE_NEXT_ROUND = 12
+POLL_AGAIN_WITH_WEBHOOKS = (IN_THE_NEXT_ROUND, IN_THE_NEXT_ROUND, 27, 42, 57)
+POLL_AGAIN = (IN_THE_NEXT_ROUND,)
 SCHEMA_CHANGE = 5  # the last of the numbered changes to the schema that the queries need
 LOW_AHEAD = 8  # runs that wait for a worker, from which on jobs of low priority wait here
 LOW_WAIT = timedelta(minutes=10)  # for which they do; then they are like any other
@@ -302,7 +303,7 @@ class Store:
             "guarded": _rows([change.job for change in changes if not change.accepted and not change.by_user]),
             "reopened": _rows([change.job for change in changes if change.by_user]),
             "lines": json.dumps(lines, ensure_ascii=False),
-            "further": _rows(further),
+            "further": _rows(further, FURTHER),
         }
         winners = self._run(
             [
@@ -357,5 +358,9 @@ NEVER_SAVED = (
 SAVED = tuple(column.name for column in fields(Job) if column.name not in NEVER_SAVED)
 
 
-def _rows(jobs: list[Job]) -> str:
-    return json.dumps([{name: getattr(job, name) for name in SAVED} for job in jobs], ensure_ascii=False)
+# And what record_progress does.
+FURTHER = ("id", "runpod_job_id", "progress", "due_at")
+
+
+def _rows(jobs: list[Job], columns: tuple[str, ...] = SAVED) -> str:
+    return json.dumps([{name: getattr(job, name) for name in columns} for job in jobs], ensure_ascii=False)

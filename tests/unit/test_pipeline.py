@@ -2,6 +2,7 @@ import hashlib
 import json
 import threading
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import requests
@@ -1062,6 +1063,32 @@ def test_without_webhooks_every_run_is_looked_at_in_each_round(bench):
     bench.round(after=3000)
 
     assert seconds_to_the_next_look(bench) == 12
+
+
+def test_a_run_of_which_there_was_no_answer_is_looked_at_in_the_next_round(with_webhooks):
+    job_id = with_webhooks.create("a cat", simulate={"run_seconds": 4000})
+    with_webhooks.round(after=600)
+    version = with_webhooks.job(job_id).version
+    with_webhooks.faults.add(STATUS, (429, ""))
+
+    with_webhooks.round(after=60)
+
+    assert seconds_to_the_next_look(with_webhooks) == 12
+    assert with_webhooks.job(job_id).version == version
+    with_webhooks.round()
+    assert seconds_to_the_next_look(with_webhooks) == 57
+
+
+def test_a_run_without_an_answer_is_not_looked_at_later_than_it_was_due(with_webhooks):
+    job_id = with_webhooks.create("a cat", simulate={"run_seconds": 4000})
+    with_webhooks.clock.advance(600)
+    (job,) = with_webhooks.claim()
+    with_webhooks.service.store.cancel([job_id], by="test", nonce="n", now=with_webhooks.clock.now(), timeout=5.0)
+    later = moves.look_again(job, at=jobs.to_text(with_webhooks.clock.now() + timedelta(seconds=12)))
+
+    with_webhooks.service.pipeline.saver.save([later], with_webhooks.deadline())
+
+    assert seconds_to_the_next_look(with_webhooks) == 0
 
 
 def test_a_run_that_a_user_cancels_is_looked_at_at_once(with_webhooks):
