@@ -9,7 +9,7 @@ from dataclasses import field
 from chalicelib.errors import PermanentError
 from chalicelib.records import dataclass
 
-PIECE_CHARS = 1_000_000  # decoded at once; a multiple of four
+PIECE_CHARS = 262_144  # decoded at once; a multiple of four
 HEAD_CHARS = 8_000
 
 # Possessive, so that a text made for it cannot make this go over it again and again.
@@ -31,8 +31,10 @@ class Inline:
 
     @property
     def is_base64(self) -> bool:
-        """Whether there is nothing else in it, from its beginning to its end."""
-        return BASE64.fullmatch(self.text, self.start) is not None
+        """Whether there is nothing else at its beginning and its end; the rest is seen when it is decoded."""
+        end = max(self.start, len(self.text) - HEAD_CHARS)
+        head = BASE64.fullmatch(self.text, self.start, self.start + HEAD_CHARS)
+        return head is not None and BASE64.fullmatch(self.text, end) is not None
 
     @property
     def head(self) -> bytes:
@@ -43,13 +45,25 @@ class Inline:
 
     def pieces(self) -> Iterator[bytes]:
         """The file, decoded piece by piece. Raises PermanentError `base64_invalid`."""
+        at = self.start
+        for piece in self._pure_pieces():
+            at += PIECE_CHARS
+            yield piece
         rest = ""
-        for at in range(self.start, len(self.text), PIECE_CHARS):
-            letters = rest + _letters(self.text[at : at + PIECE_CHARS])
+        for begin in range(at, len(self.text), PIECE_CHARS):
+            letters = rest + _letters(self.text[begin : begin + PIECE_CHARS])
             whole = len(letters) - len(letters) % 4
             rest = letters[whole:]
             yield _decode(letters[:whole])
         yield _decode(rest)
+
+    def _pure_pieces(self) -> Iterator[bytes]:
+        """Those from the beginning on in which nothing must be mended first: nearly always all but the last."""
+        for at in range(self.start, len(self.text) - PIECE_CHARS, PIECE_CHARS):
+            try:
+                yield binascii.a2b_base64(self.text[at : at + PIECE_CHARS], strict_mode=True)
+            except (binascii.Error, ValueError):
+                return
 
     def is_same(self, other: "Inline") -> bool:
         """Whether it is the same base64, though perhaps in a data URL."""

@@ -27,7 +27,7 @@ from chalicelib.runtime import Clock
 CONNECT_TIMEOUT = 3.05  # seconds; just over TCP's first retransmission
 IDLE_LIMIT = 30  # seconds a kept connection is trusted for
 LEAST_SEND = 1.0  # seconds in which a repeat may come to something
-CHUNK_BYTES = 65_536
+CHUNK_BYTES = 262_144
 LARGE_BYTES = 1_000_000  # a body over this is a large one
 MOST_LIKELY_BYTES = 20_000_000  # of a large one that does not tell its size; RunPod takes no larger result
 MAX_RETRY_AFTER = 900.0  # seconds; Cloudflare's lock-out is 300, and a nonsensical value must not stop a job for years
