@@ -4,6 +4,7 @@ Builders: a clock that stands still, a local cloud at the wire, S3 by moto, and 
 D1 is the local cloud's unless a test file says otherwise with a `d1_engine` of its own.
 """
 
+import gc
 import io
 import json
 import logging
@@ -402,6 +403,12 @@ def _settings_of(engine: str, start: Callable[[], AbstractContextManager[dict[st
         pytest.skip(f"{NOT_RUN} {processes.NAMES[engine]}: {why}")
     with start() as settings_there:
         yield settings_there
+
+
+def pytest_collection_finish() -> None:
+    """Python need not look through all that is loaded for what nobody holds, nor for that so often: a tenth of the time."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -18,8 +18,11 @@ def chromium():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        # Without its sandbox, for which containers have no room; what it opens is ours.
-        browser = driver.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        # Without its sandbox, for which containers have no room; what it opens is ours. A process for each site of a
+        # context, not for each page: to begin one takes longer than most of what a page does in it.
+        browser = driver.chromium.launch(
+            executable_path="/usr/bin/chromium", args=["--no-sandbox", "--process-per-site"]
+        )
         yield browser
         browser.close()
 
@@ -32,22 +35,39 @@ def stack(chromium, tmp_path_factory):
     running.stop()
 
 
+def new_context(chromium, **options):
+    context = chromium.new_context(**{**USUAL, **options})
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def usual(stack, chromium):
+    """The context of visits that need none of their own; a page that stays open in it keeps its process warm."""
+    context = new_context(chromium)
+    context.new_page().goto(f"{stack.url}/health")
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def visit(stack, chromium):
+def visit(stack, chromium, usual):
     """
     Opens the page, by default with the key. Whatever the browser complains of there fails the test in the end, but for
-    what is `expected` (patterns).
+    what is `expected` (patterns). It knows nothing of earlier visits: of those before a test where it gets the usual
+    context, of any where it gets its `own`, which is for tests that stop the clock or the network, or has options.
     """
-    contexts, complaints = [], []
+    kept, contexts, complaints = usual.pages[0], [], []
 
     def complain(text, expected):
         if not any(re.search(pattern, text) for pattern in expected):
             complaints.append(text)
 
-    def open_page(query="", *, url=stack.url, key=stack.key, expected=(), **options):
-        context = chromium.new_context(**{**USUAL, **options})
-        context.grant_permissions(["clipboard-read", "clipboard-write"])
-        contexts.append(context)
+    def open_page(query="", *, url=stack.url, key=stack.key, expected=(), own=False, **options):
+        context = usual
+        if own or options or (url, key) != (stack.url, stack.key):
+            context = new_context(chromium, **options)
+            contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(20_000)
         page.on("console", lambda line: line.type in ("error", "warning") and complain(line.text, expected))
@@ -59,8 +79,10 @@ def visit(stack, chromium):
         return page
 
     yield open_page
+    for page in [page for context in (usual, *contexts) for page in context.pages if page != kept]:
+        page.unroute_all(behavior="ignoreErrors")  # an answer may be under way
+        page.close()
     for context in contexts:
-        for page in context.pages:
-            page.unroute_all(behavior="ignoreErrors")  # an answer may be under way
         context.close()
+    kept.evaluate("localStorage.clear()")
     assert complaints == []

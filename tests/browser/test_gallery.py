@@ -516,7 +516,7 @@ def test_more_jobs_than_one_answer_has_come_meanwhile_and_none_is_left_out(visit
     text = word()
     quiet = {"queue_seconds": 900}
     create(stack, f"{text} before", simulate=quiet)
-    page = visit(f"?q={text}", expected=[NO_ANSWER, "ERR_INTERNET_DISCONNECTED"])
+    page = visit(f"?q={text}", expected=[NO_ANSWER, "ERR_INTERNET_DISCONNECTED"], own=True)
     card(page, "before").wait_for()
     page.context.set_offline(True)
     jobs = [{"prompt": f"{text} {n}", "input": {"prompt": "", "simulate": quiet}} for n in range(100)]
@@ -555,7 +555,7 @@ def undated(answer):
 def test_a_picture_that_did_not_come_is_asked_for_again(visit, stack):
     prompt = word()
     job = ended(stack, create(stack, prompt))
-    page = visit("?view=figures", expected=[NO_ANSWER])
+    page = visit("?view=figures", expected=[NO_ANSWER], own=True)
     page.clock.install()
     page.route(job["result_url"], lambda route: route.abort(), times=1)
     page.goto(f"{stack.url}/?q={prompt}")
@@ -571,7 +571,7 @@ def test_a_picture_begins_anew_only_where_it_failed_and_then_by_its_newest_link(
     prompt, asked = word(), []
     job = ended(stack, create(stack, prompt))
     create(stack, f"{prompt} goes on", simulate={"queue_seconds": 900})
-    page = visit("?view=figures", expected=[NO_ANSWER])
+    page = visit("?view=figures", expected=[NO_ANSWER], own=True)
     page.clock.install()
 
     def sign(route):
@@ -601,7 +601,7 @@ def test_a_picture_begins_anew_only_where_it_failed_and_then_by_its_newest_link(
 def test_one_request_a_look_serves_all_cards_and_says_nothing_where_nothing_changed(visit, stack):
     text = word()
     ids = [create(stack, f"{text} {n}", simulate={"queue_seconds": 900}) for n in range(3)]
-    page = visit("?view=figures")
+    page = visit("?view=figures", own=True)
     page.clock.install()
     page.goto(f"{stack.url}/?q={text}")
     page.wait_for_function("() => document.querySelectorAll('.card .badge.running').length === 3")
@@ -625,7 +625,7 @@ def test_it_looks_seldom_while_nothing_runs_or_nobody_sees_it(visit, stack, hidd
     job_id = create(stack, text, simulate={"queue_seconds": 900} if hidden else None)
     if not hidden:
         ended(stack, job_id)
-    page = visit("?view=figures")
+    page = visit("?view=figures", own=True)
     page.clock.install()
     if hidden:
         page.add_init_script("Object.defineProperty(document, 'hidden', { get: () => true })")
@@ -709,7 +709,7 @@ def test_what_has_the_focus_or_is_marked_stays_though_the_job_goes_on(visit, sta
 
 
 def test_that_a_job_is_not_to_be_had_is_told_once(visit):
-    page = visit("?view=figures", expected=[NO_ANSWER])
+    page = visit("?view=figures", expected=[NO_ANSWER], own=True)
     page.clock.install()
     asked = []
     page.on("request", lambda request: "/api/jobs/nothing" in request.url and asked.append(request.url))
