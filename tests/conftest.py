@@ -406,7 +406,7 @@ def _settings_of(engine: str, start: Callable[[], AbstractContextManager[dict[st
 
 
 def pytest_collection_finish() -> None:
-    """Python need not look through all that is loaded for what nobody holds, nor for that so often: a tenth of the time."""
+    """Python need not look through all that is loaded for what nobody holds, nor for that so often."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
 
