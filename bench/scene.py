@@ -26,6 +26,20 @@ MOST_WAIT = 30.0  # seconds for the cloud to begin
 RUNNING, BASE64, LINKS = "running", "base64", "links"
 
 
+FILL = """
+WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < ?1)
+INSERT INTO jobs (
+  id, status, step, prompt, model, version, attempt, endpoint_id, runpod_job_id, runpod_status, due_at, deadline_at,
+  created_at, updated_at, submitted_at, started_at
+)
+SELECT
+  printf('job-%05d', i), 'running', 'poll', 'a cat', 'qwen-image', 3, 1, ?2, printf('run-%05d-u1', i), 'IN_PROGRESS',
+  ?3, '2099-01-01T00:00:00.000Z', ?3, ?3, ?3, ?3
+FROM n
+WHERE i < ?1
+"""
+
+
 @dataclass(frozen=True)
 class Scene:
     """Jobs that wait to be looked at; the settings that lead to them."""
@@ -61,15 +75,7 @@ def _fill(folder: Path, base_url: str, kind: str, count: int, picture_bytes: int
     try:
         for statement in statements():
             cloud.d1.execute(statement)
-        cloud.d1.execute(
-            "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?) "
-            "INSERT INTO jobs (id, status, step, prompt, model, version, attempt, endpoint_id, runpod_job_id, "
-            "runpod_status, due_at, deadline_at, created_at, updated_at, submitted_at) "
-            "SELECT printf('job-%05d', i), 'running', 'poll', 'a cat', 'qwen-image', 3, 1, ?, "
-            "printf('run-%05d-u1', i), 'IN_PROGRESS', ?, '2099-01-01T00:00:00.000Z', ?, ?, ? FROM n",
-            count, cloud.account.endpoint_id, *[to_text(datetime.now(UTC))] * 4,
-        )  # fmt: skip
-        cloud.d1.execute("UPDATE jobs SET started_at = submitted_at")
+        cloud.d1.execute(FILL, count, cloud.account.endpoint_id, to_text(datetime.now(UTC)))
         seconds = 1e6 if kind == RUNNING else 1.0
         wish = {"queue_seconds": 0, "run_seconds": seconds, "bytes": picture_bytes}
         shape = "link" if kind == LINKS else "base64"

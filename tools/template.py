@@ -20,9 +20,10 @@ DEPLOY_VALUES = {
     "DEPLOY_DOMAIN": r"([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}",
     "DEPLOY_CERTIFICATE_ARN": r"arn:aws[a-z-]*:acm:[a-z0-9-]+:[0-9]{12}:certificate/[0-9a-f-]+",
     "DEPLOY_RESERVED_CONCURRENCY": r"[2-9]|[1-9][0-9]{1,3}",  # the deep health calls its own API
+    "DEPLOY_POLLERS": r"[1-4]",
 }
 PARAMETER = r"/[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*"
-SCHEDULE_CONCURRENCY = 2  # a minute's run, and the next one's beginning
+SCHEDULE_CONCURRENCY = 2  # of each poller: a minute's run, and the next one's beginning
 # https://docs.aws.amazon.com/lambda/latest/dg/configuration-envvars.html
 ENVIRONMENT_BYTES = 4096
 
@@ -112,8 +113,10 @@ def fill(template: Template, values: Mapping[str, str]) -> Template:
     for function, role in FUNCTIONS.items():
         resources[function]["Properties"]["Environment"] = {"Variables": environment(values)}
         resources[role]["Properties"]["Policies"][0]["PolicyDocument"]["Statement"] += _rights(values)
+    pollers = int(values.get("DEPLOY_POLLERS", "1"))
+    _add_pollers(resources["PollJobs"]["Properties"]["Events"], pollers)
     if "DEPLOY_RESERVED_CONCURRENCY" in values:
-        _reserve(resources, int(values["DEPLOY_RESERVED_CONCURRENCY"]))
+        _reserve(resources, int(values["DEPLOY_RESERVED_CONCURRENCY"]), pollers)
     if "DEPLOY_DOMAIN" in values:
         _add_domain(filled, values["DEPLOY_DOMAIN"], values["DEPLOY_CERTIFICATE_ARN"])
     return filled
@@ -149,9 +152,15 @@ def _parameters(values: Mapping[str, str]) -> list[str]:
     return sorted({value.removeprefix(prefix) for value in values.values() if value.startswith(prefix)})
 
 
-def _reserve(resources: Template, requests: int) -> None:
+def _add_pollers(events: Template, pollers: int) -> None:
+    """Each further poller is one more rule that starts the same function every minute; claims part the work."""
+    for number in range(2, pollers + 1):
+        events[f"PollJobsEvent{number}"] = copy.deepcopy(events["PollJobsEvent"])
+
+
+def _reserve(resources: Template, requests: int, pollers: int) -> None:
     resources["APIHandler"]["Properties"]["ReservedConcurrentExecutions"] = requests
-    resources["PollJobs"]["Properties"]["ReservedConcurrentExecutions"] = SCHEDULE_CONCURRENCY
+    resources["PollJobs"]["Properties"]["ReservedConcurrentExecutions"] = SCHEDULE_CONCURRENCY * pollers
 
 
 def _add_domain(template: Template, domain: str, certificate: str) -> None:

@@ -48,7 +48,7 @@ DOMAIN = {
     "DEPLOY_CERTIFICATE_ARN": "arn:aws:acm:eu-west-1:123456789012:certificate/11111111-2222-3333-4444-555555555555",
 }
 SPOOL = {"SPOOL_BUCKET": "my-spool"}
-RESERVED = {"DEPLOY_RESERVED_CONCURRENCY": "10"}
+RESERVED = {"DEPLOY_RESERVED_CONCURRENCY": "10", "DEPLOY_POLLERS": "2"}
 VARIANTS = {
     "bare": {},
     "domain": DOMAIN,
@@ -560,11 +560,11 @@ def test_the_functions_are_what_they_should_be(expanded):
         for name, function in functions.items()
     }
     assert shapes == {
-        "APIHandler": ("python3.13", ["arm64"], 29, 512),
+        "APIHandler": ("python3.13", ["arm64"], 29, 1024),
         "PollJobs": ("python3.13", ["arm64"], 58, 512),
     }
     for function in functions.values():
-        assert function["Environment"]["Variables"] == {**MINIMAL, **SECRETS}
+        assert function["Environment"]["Variables"] == {**MINIMAL, **SECRETS, "MALLOC_ARENA_MAX": "2"}
         assert "ReservedConcurrentExecutions" not in function
 
 
@@ -573,8 +573,20 @@ def test_concurrency_is_reserved_only_where_it_is_asked_for(expanded):
 
     assert {name: function["ReservedConcurrentExecutions"] for name, function in functions.items()} == {
         "APIHandler": 10,
-        "PollJobs": 2,
+        "PollJobs": 4,
     }
+
+
+def test_a_second_poller_is_a_second_rule_for_the_same_function(expanded):
+    resources = read(expanded, "reserved")
+    rules = only(resources, "AWS::Events::Rule").values()
+
+    assert [rule["ScheduleExpression"] for rule in rules] == ["rate(1 minute)"] * 2
+    targets = [target for rule in rules for target in rule["Targets"]]
+    assert {json.dumps(target["Arn"]) for target in targets} == {json.dumps({"Fn::GetAtt": ["PollJobs", "Arn"]})}
+    assert all(target["RetryPolicy"]["MaximumRetryAttempts"] == 0 for target in targets)
+    permissions, before = (only(one, "AWS::Lambda::Permission") for one in (resources, read(expanded, "bare")))
+    assert len(permissions) == len(before) + 1
 
 
 def test_a_minute_that_failed_is_not_repeated(expanded):

@@ -78,10 +78,10 @@ def test_callbacks_come_to_the_domain_unless_they_should_go_elsewhere(read):
     assert read(**domain, PUBLIC_BASE_URL="https://other.example")["PUBLIC_BASE_URL"] == "https://other.example"
 
 
-def test_the_functions_get_settings_and_nothing_else():
+def test_the_functions_get_settings_and_what_keeps_their_memory_small():
     values = {**VALUES, "DEPLOY_RESERVED_CONCURRENCY": "5"}
 
-    assert template.environment(values) == VALUES
+    assert template.environment(values) == VALUES | {"MALLOC_ARENA_MAX": "2"}
 
 
 def dist(name, version, *files):
