@@ -73,6 +73,12 @@ def read_arguments() -> argparse.Namespace:
         help="1 has the local cloud answer as late as the real ones are expected to, 0.1 ten times sooner (default: 0)",
     )
     parser.add_argument(
+        "--no-webhooks",
+        action="store_false",
+        dest="webhooks",
+        help="give RunPod no address to call at the end of a run, so that the schedule alone finds it",
+    )
+    parser.add_argument(
         "--cloud-only", action="store_true", help="start only the local cloud, for `chalice local` beside it"
     )
     return parser.parse_args()
@@ -188,7 +194,9 @@ def _environment(options: argparse.Namespace, folder: Path) -> dict[str, str]:
     if "r2" in options.real and "d1" not in options.real and not given.get("R2_ENDPOINT_URL"):
         # Otherwise it would be made from the account id, which is the local D1's here.
         raise Problem("--real r2 without d1 needs R2_ENDPOINT_URL: https://<account id>.r2.cloudflarestorage.com")
-    if "runpod" not in options.real:
+    if not options.webhooks:
+        local["PUBLIC_BASE_URL"] = local["WEBHOOK_SECRET"] = ""
+    elif "runpod" not in options.real:
         local["PUBLIC_BASE_URL"] = f"http://127.0.0.1:{options.port}"
         local["WEBHOOK_SECRET"] = hashlib.sha256(f"webhook {_api_key(folder)}".encode()).hexdigest()
     local.setdefault("RESULT_ALLOWED_PRIVATE_HOSTS", "")

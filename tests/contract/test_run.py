@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -81,6 +82,19 @@ def test_chalice_local_works_beside_the_cloud_alone(tmp_path):
         running.stop()
 
     assert [job["status"] for job in report["updated"] if job["id"] == job_id] == ["done"]
+
+
+def test_without_webhooks_the_schedule_alone_ends_a_job(tmp_path):
+    running = Running(tmp_path, "--no-webhooks")
+    wish = {"simulate": {"queue_seconds": 0, "run_seconds": 0}}
+    running.call("POST", "/api/queue/create", json={"prompt": "a cat", "input": wish})
+
+    running.read_until('"message": "done"')
+    running.stop()
+
+    runs = sqlite3.connect(tmp_path / "cloud" / "runpod.sqlite")
+    assert runs.execute("SELECT webhook FROM runs").fetchall() == [(None,)]
+    runs.close()
 
 
 def refused(*options, env=None, cwd=ROOT):

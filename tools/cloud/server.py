@@ -8,7 +8,7 @@ import requests
 
 from tools.cloud import LocalCloud, Request
 
-COURIERS = 4  # threads that send webhooks, so that a slow receiver does not hold up the others
+COURIERS = 16  # threads that send webhooks, so that slow receivers do not hold up the others
 COURIER_PAUSE = 0.1  # seconds between two looks for webhooks that are due
 WEBHOOK_TIMEOUT = 10.0  # seconds
 
