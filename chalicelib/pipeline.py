@@ -192,8 +192,20 @@ class Pipeline:
             return "nothing to do"
         if calls_left < CALLS_KEPT_FROM_WEBHOOKS:
             return "left to the next round"
-        self._tell(self.look_at(job, deadline), deadline)
+        self._tell(self._look_until_seen(job, deadline), deadline)
         return "looked at"
+
+    def _look_until_seen(self, job: Job, deadline: Deadline) -> Job:
+        """
+        As look_at(); once more where meanwhile a round has saved what it saw before the run's end. By such a save this
+        look loses the row, and the next one would be a round's, 12 s later or more.
+        """
+        seen = self.look_at(job, deadline)
+        if seen.state in FINAL:
+            return seen
+        now = self._get(job.id, deadline)
+        is_lost = now.version != job.version and now.runpod_job_id == job.runpod_job_id
+        return self.look_at(now, deadline) if is_lost and now.state is State.POLL else seen
 
     def _tell(self, job: Job, deadline: Deadline) -> None:
         """Tell of the end at once, if it is one, but not for long: RunPod waits for our answer."""

@@ -365,6 +365,39 @@ def test_a_callback_finishes_the_job_at_once(client, bench, cloud):
     assert call(client, "POST", path, {"id": run_id}, auth={})[1]["message"] == "nothing to do"
 
 
+def test_a_callback_looks_again_where_a_look_from_before_the_end_is_saved_meanwhile(client, bench, cloud, monkeypatch):
+    job_id = bench.create("a cat")
+    path, run_id = webhook_of(cloud, job_id)
+    bench.clock.advance(2)
+    seen, _ = bench.service.pipeline.steps.poll(bench.job(job_id), bench.deadline(), lease=60)
+    bench.clock.advance(3)
+    store, waiting = bench.service.store, [seen]
+    get = store.get
+
+    def get_then_lose(*args, **options):
+        job = get(*args, **options)
+        if waiting:
+            store.save([waiting.pop()], nonce="of the round", now=bench.clock.now(), timeout=5.0)
+        return job
+
+    monkeypatch.setattr(store, "get", get_then_lose)
+    call(client, "POST", path, {"id": run_id, "status": "COMPLETED"}, auth={})
+
+    assert bench.job(job_id).status == "done"
+    assert bench.timeline(job_id) == ["created", "submitted", "observed", "completed", "done"]
+
+
+def test_a_callback_before_the_end_looks_once(client, bench, cloud):
+    job_id = bench.create("a cat")
+    path, run_id = webhook_of(cloud, job_id)
+    before = cloud.calls["runpod"]
+
+    call(client, "POST", path, {"id": run_id}, auth={})
+
+    assert cloud.calls["runpod"] - before == 1
+    assert bench.job(job_id).status == "running"
+
+
 def test_a_callback_adopts_the_run_whose_answer_was_lost(client, bench, cloud, faults):
     faults.add(RUN, requests.ReadTimeout(), after_effect=True)
     job_id = bench.create("a cat")
