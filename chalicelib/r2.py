@@ -16,8 +16,9 @@ from chalicelib.records import dataclass
 from chalicelib.runtime import Deadline
 
 CACHE_CONTROL = "public, max-age=31536000, immutable"
-CONNECT_TIMEOUT = 2  # seconds
-READ_TIMEOUT = 5  # seconds of silence
+# Seconds, the second of silence; so few that the last round of a minute, which has twelve, can still store.
+CONNECT_TIMEOUT = 1.5
+READ_TIMEOUT = 3.5
 # What boto3 is told for any bucket: no tries of its own, which would not know our deadline.
 ONE_TRY: dict[str, Any] = {
     "retries": {"mode": "standard", "total_max_attempts": 1},

@@ -68,8 +68,8 @@ class Results:
 
     @property
     def put_reserve(self) -> float:
-        """Seconds that must be left when a file is begun: for R2, and for the spool where R2 fails."""
-        return PUT_SECONDS + (r2.CALL_SECONDS if self.spool else 0.0)
+        """Seconds that must be left when a file is begun; with more there is time for the spool where R2 fails."""
+        return PUT_SECONDS
 
     def keep(self, job: Job, found: Findings, deadline: Deadline, *, age: timedelta) -> Kept:
         """
@@ -163,7 +163,8 @@ class Results:
         try:
             if spool and self._r2_rests():
                 raise TransientError("r2_failing", "R2 has just failed; it is not asked again at once.", service="r2")
-            until = deadline.less(r2.CALL_SECONDS) if spool else deadline
+            is_time_for_both = deadline.left() >= PUT_SECONDS + r2.CALL_SECONDS
+            until = deadline.less(r2.CALL_SECONDS) if spool and is_time_for_both else deadline
             self.bucket.put(key, content, content_type=content_type, deadline=until)
         except ServiceError as error:
             if error.code not in ("r2_failing", "r2_too_slow"):

@@ -3,6 +3,7 @@
 import contextvars
 import queue
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from types import TracebackType
@@ -51,6 +52,7 @@ class Crew:
         from concurrent.futures import ThreadPoolExecutor  # here, because a create has no use for it
 
         self._pool = ThreadPoolExecutor(max_workers=size, thread_name_prefix="crew")
+        self._waiting: deque[Callable[[], object]] = deque()
         self._finished: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.busy = 0
 
@@ -62,14 +64,18 @@ class Crew:
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def start(self, task: Callable[[], object]) -> None:
-        """Run the task as soon as a thread is free; an exception it raises is handed back like a result."""
+    def start(self, task: Callable[[], object], *, first: bool = False) -> None:
+        """
+        Run the task as soon as a thread is free, before the others that wait where it goes `first`; an exception it
+        raises is handed back like a result.
+        """
         self.busy += 1
-        self._pool.submit(contextvars.copy_context().run, self._run, task)  # so that its log lines name the request
+        (self._waiting.appendleft if first else self._waiting.append)(task)
+        self._pool.submit(contextvars.copy_context().run, self._run_next)  # so that its log lines name the request
 
-    def _run(self, task: Callable[[], object]) -> None:
+    def _run_next(self) -> None:
         try:
-            self._finished.put(task())
+            self._finished.put(self._waiting.popleft()())
         except BaseException as error:  # a result that never came would be waited for in vain
             self._finished.put(error)
 

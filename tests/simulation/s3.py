@@ -21,11 +21,10 @@ from requests.structures import CaseInsensitiveDict as Headers
 
 from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, TransientError
-from chalicelib.r2 import R2
+from chalicelib.r2 import R2, READ_TIMEOUT
 from chalicelib.spool import Spool
 
 R2_HOST = "r2.sim.test"
-READ_TIMEOUT = 5.0  # seconds, as the clients have it
 AWS = {"AWS_ACCESS_KEY_ID": "role", "AWS_SECRET_ACCESS_KEY": "role-secret-4711", "AWS_DEFAULT_REGION": "eu-central-1"}
 
 _worlds: list[Any] = []

@@ -1142,7 +1142,7 @@ def a_delete_while_a_retry_is_under_way_leaves_nothing_behind(stage: Stage) -> N
     stage.next("d1", Fate(), Fate(out=4.0, back=0.1))  # the retry reads the row, and saves late
     stage.say("retry", job, wait=False)
     stage.pass_time(1.0)
-    with stage.trouble("r2 ", Fate(out=0.5, back=3.0)):
+    with stage.trouble("r2 ", Fate(out=0.5, back=2.5)):
         stage.say("delete", job, wait=False)
         stage.pass_time(60.0)
     stage.rounds(3)

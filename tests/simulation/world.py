@@ -129,9 +129,9 @@ class SimCrew:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def start(self, run: Callable[[], object]) -> None:
+    def start(self, run: Callable[[], object], *, first: bool = False) -> None:
         self.busy += 1
-        self._queue.append(run)
+        (self._queue.appendleft if first else self._queue.append)(run)
         if self._free:
             self._free -= 1
             self._process.world.spawn(self._process, self._work)

@@ -1131,6 +1131,34 @@ def test_a_round_that_fails_does_not_stop_the_next(bench, monkeypatch, error):
     assert bench.service.pipeline.run_minute(bench.deadline()) == [Report(checked=1), Report(checked=2)]
 
 
+@pytest.mark.parametrize("spool", ["", "spool"])
+def test_the_last_round_of_a_minute_stores_what_it_finds(bench, environment, spool):
+    bench.service = bootstrap.build(settings.load({**environment, "SPOOL_BUCKET": spool}), bench.clock)
+    job_id = bench.create()
+
+    bench.round(seconds=57.5 - 3 * 15.0 - 2.5)  # two seconds and a half after it has begun
+
+    assert bench.job(job_id).status == "done"
+
+
+def test_a_result_that_is_at_hand_is_stored_before_others_are_looked_at(bench, monkeypatch):
+    order = []
+    monkeypatch.setattr("chalicelib.pipeline.THREADS", 1)
+    monkeypatch.setattr("chalicelib.rounds.SAVE_EVERY", 0.0)
+    steps = bench.service.pipeline.steps
+    for name in ("poll", "store"):
+        act = getattr(steps, name)
+        spy = lambda job, *args, act=act, name=name, **more: (order.append(name), act(job, *args, **more))[1]  # noqa: E731
+        object.__setattr__(steps, name, spy)
+    for n in range(20):
+        bench.create(f"cat {n}")
+
+    bench.round()
+
+    assert sorted(order) == ["poll"] * 20 + ["store"] * 20
+    assert order.index("store") < 20
+
+
 def test_a_round_ends_with_all_its_threads(bench):
     bench.create()
     bench.round()
