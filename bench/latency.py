@@ -3,8 +3,9 @@ How long users wait: `.venv/bin/python -m bench.latency [--webhooks N …] [--po
 
 From the end of a run at RunPod to `done`, with RunPod's callbacks and by polling alone: a whole ./run whose local cloud
 answers as late as the real ones, for each number of jobs a new one. All jobs run at once when the last is made, and end
-one after the other at random instants, so that fewer and fewer run: by polling alone over a minute or --spread seconds,
-so that they fall anywhere between two rounds; with callbacks at eight a second, or within 15 s. Every other picture
+one after the other at random instants, so that fewer and fewer run: by polling alone over --spread seconds, which are
+two a second for 500, for a create takes two of the four calls a second that Cloudflare allows, so that no more can come;
+with callbacks at eight a second, or within 15 s, so that many come at once. Every other picture
 comes in RunPod's answer, the rest behind links, each of 1 MB. A run's end is the local RunPod's own; `done` is seen in
 the database itself, as soon as it is committed, which is later than `finished_at` says by the save. How late RunPod
 sends its callbacks is not known; the local one does so within a tenth of a second.
@@ -363,7 +364,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--spread",
         type=float,
-        default=60.0,
+        default=250.0,
         metavar="SECONDS",
         help="over which runs end by polling alone, at least 60 (default: %(default)g)",
     )

@@ -35,14 +35,15 @@ def measure(
     *,
     latency: float,
     record: str,
-    threads: int = pipeline.THREADS,
+    threads: int | None = None,
     picture_bytes: int = scene.PICTURE_BYTES,
     service: Path = ROOT,
     **more: Any,
 ) -> Figures:
     """One measurement in a process of its own, of this checkout or of another one."""
     with scene.scene(kind, count, latency=latency, picture_bytes=picture_bytes) as found:
-        order = {"how": how, "settings": found.settings, "kind": kind, "count": count, "threads": threads}
+        number = threads or (pipeline.THREADS if how == "bare" else None)  # else as many as the service has
+        order = {"how": how, "settings": found.settings, "kind": kind, "count": count, "threads": number}
         done = subprocess.run(
             [sys.executable, str(ROOT / "bench" / "one_round.py")],
             input=json.dumps({**order, "record": record, **more}),
@@ -83,7 +84,7 @@ def rounds(options: argparse.Namespace) -> Iterator[Figures]:
     """Every case, as it is measured; RunPod's limit is lifted for ten thousand, else only it would be measured."""
     columns = ("jobs", "pictures", "round, s", "bare, s", "wall", "CPU", "loop, s", "faster", "ms a job", "D1", "MB")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for kind, count in [*CASES, *STORING]:
+    for kind, count in [case for case in (*CASES, *STORING) if case[1] <= options.most]:
         found = compare(kind, count, latency=options.latency, service=options.service, unlimited=count > 1_000)
         ours, bare, loop = found["ours"], found["bare"], found["loop"]
         walls = f"{ours['wall']:.2f} | {bare['wall']:.2f} | {ours['wall'] / bare['wall']:.2f}"
@@ -130,6 +131,7 @@ def main() -> None:
     )
     parser.add_argument("what", nargs="?", choices=WHAT, default="rounds", help="(default: %(default)s)")
     parser.add_argument("--latency", type=float, default=1.0, help="of the local cloud (default: %(default)s)")
+    parser.add_argument("--most", type=int, default=10_000, help="jobs of a case (default: %(default)s)")
     parser.add_argument("--service", type=Path, default=ROOT, help="another checkout whose service is measured")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
