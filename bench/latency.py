@@ -3,12 +3,12 @@ How long users wait: `.venv/bin/python -m bench.latency [--webhooks N …] [--po
 
 From the end of a run at RunPod to `done`, with RunPod's callbacks and by polling alone: a whole ./run whose local cloud
 answers as late as the real ones, for each number of jobs a new one. All jobs run at once when the last is made, and end
-one after the other at random instants, so that fewer and fewer run: by polling alone over --spread seconds, which are
-two a second for 500, for a create takes two of the four calls a second that Cloudflare allows, so that no more can come;
-with callbacks at eight a second, or within 15 s, so that many come at once. Every other picture
-comes in RunPod's answer, the rest behind links, each of 1 MB. A run's end is the local RunPod's own; `done` is seen in
-the database itself, as soon as it is committed, which is later than `finished_at` says by the save. How late RunPod
-sends its callbacks is not known; the local one does so within a tenth of a second.
+one after the other at random instants, so that fewer and fewer run. By polling alone that is over --spread seconds, so
+two a second for 500: no more can come for long, for a create takes two of the four calls a second that Cloudflare
+allows. With callbacks it is at eight a second, or within 15 s. Every other picture comes in RunPod's answer, the rest
+behind links, each of 1 MB. A run's end is the local RunPod's own; `done` is seen in the database itself, as soon as it
+is committed, which is later than `finished_at` says by the save. How late RunPod sends its callbacks is not known; the
+local one does so within a tenth of a second.
 
 What is not as in the cloud: all callbacks go to one process, and all clouds are another, where Lambda has a container
 for each callback; so eight a second is all that they are asked for. The first callbacks wait until R2's client is made,

@@ -64,7 +64,8 @@ def ours(given: dict[str, Any]) -> dict[str, Any]:
     if given.get("unbounded"):  # the memory that answers may take
         rounds.ROOM_BYTES = 1_000_000_000_000
     service.bucket._s3()
-    service.store.tables(timeout=5.0)  # warm, as the round before has left it
+    pipelined = service.pipeline
+    pipelined.run_round(Deadline(clock, 1.0))  # too short to look at any; all is warm, as a round before leaves it
     wires[0].calls.clear()
     wires[0].sent.clear()
 
@@ -72,7 +73,7 @@ def ours(given: dict[str, Any]) -> dict[str, Any]:
         checked = done = number = 0
         wanted = given["count"]
         while (checked if given["kind"] == scene.RUNNING else done) < wanted and number < MOST_ROUNDS:
-            report = service.pipeline.run_round(Deadline(clock, SECONDS))
+            report = pipelined.run_round(Deadline(clock, SECONDS))
             number += 1
             checked += report.checked
             done += len(report.updated)
