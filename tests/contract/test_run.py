@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -84,10 +85,12 @@ def test_chalice_local_works_beside_the_cloud_alone(tmp_path):
     assert [job["status"] for job in report["updated"] if job["id"] == job_id] == ["done"]
 
 
-def test_without_webhooks_the_schedule_alone_ends_a_job(tmp_path):
-    running = Running(tmp_path, "--no-webhooks")
+def test_without_webhooks_the_schedule_alone_ends_a_job_and_with_a_latency_a_create_takes_its_time(tmp_path):
+    running = Running(tmp_path, "--no-webhooks", "--latency", "0.5")
     wish = {"simulate": {"queue_seconds": 0, "run_seconds": 0}}
+    begun = time.monotonic()
     running.call("POST", "/api/queue/create", json={"prompt": "a cat", "input": wish})
+    assert time.monotonic() - begun > 0.5 * 0.39  # two calls to D1, and one to RunPod
 
     running.read_until('"message": "done"')
     running.stop()
