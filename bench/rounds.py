@@ -84,7 +84,7 @@ def rounds(options: argparse.Namespace) -> Iterator[Figures]:
     """Every case, as it is measured; RunPod's limit is lifted for ten thousand, else only it would be measured."""
     columns = ("jobs", "pictures", "round, s", "bare, s", "wall", "CPU", "loop, s", "faster", "ms a job", "D1", "MB")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for kind, count in [case for case in (*CASES, *STORING) if case[1] <= options.most]:
+    for kind, count in [case for case in (*CASES, *STORING) if case[0] in options.kinds and case[1] <= options.most]:
         found = compare(kind, count, latency=options.latency, service=options.service, unlimited=count > 1_000)
         ours, bare, loop = found["ours"], found["bare"], found["loop"]
         walls = f"{ours['wall']:.2f} | {bare['wall']:.2f} | {ours['wall'] / bare['wall']:.2f}"
@@ -113,7 +113,7 @@ def memory(options: argparse.Namespace) -> Iterator[Figures]:
     columns = ("pictures of 10 MB", "answers", "round, s", "MB", "unbounded, s", "MB", "slower")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     given = {"latency": options.latency, "picture_bytes": LARGE_BYTES, "record": os.devnull, "service": options.service}
-    for kind in (LINKS, BASE64):
+    for kind in [kind for kind in (LINKS, BASE64) if kind in options.kinds]:
         bounded = measure("ours", kind, 200, **given)
         free = measure("ours", kind, 200, unbounded=True, **given)
         walls = f"{bounded['wall']:.1f} | {bounded['rss']:.0f} | {free['wall']:.1f} | {free['rss']:.0f}"
@@ -131,6 +131,8 @@ def main() -> None:
     )
     parser.add_argument("what", nargs="?", choices=WHAT, default="rounds", help="(default: %(default)s)")
     parser.add_argument("--latency", type=float, default=1.0, help="of the local cloud (default: %(default)s)")
+    kinds = (RUNNING, LINKS, BASE64)
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="only these")
     parser.add_argument("--most", type=int, default=10_000, help="jobs of a case (default: %(default)s)")
     parser.add_argument("--service", type=Path, default=ROOT, help="another checkout whose service is measured")
     parser.add_argument("--json", type=Path, help="write the figures there, too")

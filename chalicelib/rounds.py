@@ -42,10 +42,10 @@ POLLING_SECONDS = 14.0  # of a round, so that the next one begins in its time
 ORDER = [State.STORE, State.SUBMITTING, State.POLL]
 
 # Bytes of RunPod's answers that are in memory at once; one takes twice its size while it is read.
-ROOM_BYTES = 64_000_000
+ROOM_BYTES = 48_000_000
 # Of them those that are kept until their results may be stored; for the others RunPod is asked again. The rest is more
 # than the largest answer: who reads one waits for nobody but others who read or store, so that somebody always goes on.
-KEPT_ANSWER_BYTES = 40_000_000
+KEPT_ANSWER_BYTES = 24_000_000
 
 
 @dataclass(kw_only=True)
