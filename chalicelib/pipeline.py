@@ -7,6 +7,7 @@ It runs four rounds a minute; two at once, here or in another process, do no har
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
+from datetime import timedelta
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from chalicelib.rounds import DoubtfulClaim, Report, Round
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saver
 from chalicelib.steps import Steps
-from chalicelib.store import CALLS_KEPT_FROM_WEBHOOKS, Store, new_nonce
+from chalicelib.store import CALLS_KEPT_FROM_WEBHOOKS, IN_THE_NEXT_ROUND, Store, new_nonce
 from chalicelib.webhooks import Webhooks
 
 if TYPE_CHECKING:
@@ -205,7 +206,11 @@ class Pipeline:
             return seen
         now = self._get(job.id, deadline)
         is_lost = now.version != job.version and now.runpod_job_id == job.runpod_job_id
-        return self.look_at(now, deadline) if is_lost and now.state is State.POLL else seen
+        seen = self.look_at(now, deadline) if is_lost and now.state is State.POLL else seen
+        if seen.state is State.POLL:  # RunPod does not yet say what it has just told, and will not tell it again
+            at = jobs.to_text(self.clock.now() + timedelta(seconds=IN_THE_NEXT_ROUND))
+            self.saver.save([moves.look_again(seen, at=at)], deadline)
+        return seen
 
     def _tell(self, job: Job, deadline: Deadline) -> None:
         """Tell of the end at once, if it is one, but not for long: RunPod waits for our answer."""

@@ -250,11 +250,12 @@ ON CONFLICT DO NOTHING
 
 -- name: claim_polls
 -- Take due polls for this round. No lease and no new version: looking twice does no harm. When it is due again stands in
--- :poll_again_at by the whole minutes that it has taken, or its model usually takes if these are more.
+-- :poll_again_at by the whole minutes that it has taken, or its model usually takes if these are more; one that must stop is
+-- looked at in each round.
 UPDATE jobs
 SET
   claimer = :nonce,
-  due_at = json_extract(:poll_again_at, '$[' || min(json_array_length(:poll_again_at) - 1, max(
+  due_at = json_extract(:poll_again_at, '$[' || min(iif(cancel_at IS NULL AND coalesce(deadline_at > :now, true), json_array_length(:poll_again_at) - 1, 0), max(
     0,
     CAST(coalesce((julianday(:now) - julianday(coalesce(submitted_at, updated_at))) * 1440, 0) AS INTEGER),
     CAST(coalesce((SELECT own.value FROM json_each(:usual_seconds) AS own WHERE own.key = coalesce(jobs.model, 'qwen-image')), 0) / 60 AS INTEGER)

@@ -44,7 +44,7 @@ ORDER = [State.STORE, State.SUBMITTING, State.POLL]
 # Bytes of RunPod's answers that are in memory at once; one takes twice its size while it is read.
 ROOM_BYTES = 48_000_000
 # Of them those that are kept until their results may be stored; for the others RunPod is asked again. The rest is more
-# than the largest answer: who reads one waits for nobody but others who read or store, so that somebody always goes on.
+# than a result may have at RunPod: who reads one waits only for others who read or store, so somebody always goes on.
 KEPT_ANSWER_BYTES = 24_000_000
 
 
@@ -228,7 +228,7 @@ class Round:
 
     def _poll(self, job: Job) -> Outcome:
         if self.deadline.left() < POLL_BUDGET:
-            return Outcome()
+            return Outcome(change=self._sooner(job))
         with contextlib.ExitStack() as until_here:
             place = until_here.enter_context(Place(self._room))
             change, answer = self.steps.poll(job, self.deadline, lease=self._lease(), place=place)

@@ -22,8 +22,7 @@ FINAL_REFUSALS = (400, 413, 422)  # the payload is at fault; 400 is also how a b
 # together: https://docs.runpod.io/serverless/endpoints/operation-reference
 CALLS = {"run": 950, "status": 1900, "cancel": 95}
 CALLS_WITHIN = 10.0  # seconds
-LEAST_CALL = 1.0  # seconds in which a call may come to something
-REST = 2.0  # seconds after it was too many all the same, where RunPod does not say for how long
+LEAST_CALL = 1.0  # seconds in which a question may come to something
 
 UNAUTHORIZED = (401, 403)  # the key; as with an unknown endpoint (404) and 429, nothing was accepted, and may be later
 
@@ -95,7 +94,8 @@ class Runpod:
         # Beside `input`, not in it: there only the worker would see them.
         beside = {"policy": policy, "webhook": webhook}
         body = {"input": payload, **{name: value for name, value in beside.items() if value}}
-        timeout = self._wait_for_turn(endpoint_id, "run", timeout, within)
+        # Never with less time than it should have: an answer that is lost may be a run that is bought twice.
+        self._wait_for_turn(endpoint_id, "run", timeout, within, least=timeout)
         reply = self._call("POST", endpoint_id, "run", timeout=timeout, body=body)
         self._heed(endpoint_id, "run", reply)
         if reply.status != 200:
@@ -118,13 +118,14 @@ class Runpod:
         No parameter may ever be added to this URL: `?ttl=` would set the run's lifetime.
         """
         timeout = self._wait_for_turn(endpoint_id, "status", timeout, within)
+        end = self._clock.monotonic() + timeout
         try:
             reply = self._call(
                 "GET",
                 endpoint_id,
                 f"status/{quote(run_id, safe='')}",
                 timeout=timeout,
-                on_large=lambda size: _take_room(place, size, timeout),
+                on_large=lambda size: _take_room(place, size, end - self._clock.monotonic()),
             )
             if place is not None:
                 place.shrink(len(reply.body))
@@ -177,17 +178,22 @@ class Runpod:
         answer = _object(reply.body)
         return _counts(answer.get("workers")), _counts(answer.get("jobs"))
 
-    def _wait_for_turn(self, endpoint_id: str, verb: str, timeout: float, within: float | None) -> float:
-        """The seconds that are left for the call when its turn has come."""
+    def _wait_for_turn(
+        self, endpoint_id: str, verb: str, timeout: float, within: float | None, *, least: float = LEAST_CALL
+    ) -> float:
+        """The seconds that are left for the call, `least` of them, when its turn has come."""
         within = timeout if within is None else within
         end = self._clock.monotonic() + within
-        if not self._paces[endpoint_id][verb].take_turn(within=within - LEAST_CALL):
+        if not self._paces[endpoint_id][verb].take_turn(within=within - least, patient=verb == "cancel"):
             raise _busy("", None)
-        return min(timeout, end - self._clock.monotonic())
+        return max(0.1, min(timeout, end - self._clock.monotonic()))
 
     def _heed(self, endpoint_id: str, verb: str, reply: Reply) -> None:
+        pace = self._paces[endpoint_id][verb]
         if reply.status == 429:
-            self._paces[endpoint_id][verb].rest(REST if reply.retry_after is None else reply.retry_after)
+            pace.refused(reply.retry_after)
+        else:
+            pace.taken()
 
     def _call(
         self,
@@ -207,7 +213,8 @@ class Runpod:
             "runpod",
             method,
             url,
-            headers={"Content-Type": "application/json"},
+            # What is compressed does not tell its size, and base64 gets little smaller by it.
+            headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
             body=data,
             timeout=timeout,
             max_bytes=MAX_ANSWER_BYTES,

@@ -51,13 +51,49 @@ def test_no_window_has_more_than_the_limit(clock, calls):
     assert all(later - earlier >= 10.0 - 1e-9 for earlier, later in zip(times, times[calls:], strict=False))
 
 
-def test_a_rest_is_one_for_everybody(clock):
+def test_a_short_rest_is_one_for_everybody(clock):
     pace = Pace(clock, calls=100, seconds=10.0)
-    pace.rest(2.0)
+    pace.refused(None)
 
     assert not pace.take_turn(within=1.0)
     assert pace.take_turn(within=2.0)
     assert clock.slept == [2.0]
+
+
+def test_nobody_but_the_patient_waits_through_a_long_rest(clock):
+    pace = Pace(clock, calls=100, seconds=10.0)
+    pace.refused(5.0)
+
+    assert not pace.take_turn(within=50.0)
+    assert clock.slept == []
+    assert pace.take_turn(within=5.0, patient=True)
+    assert clock.slept == [5.0]
+
+
+def test_nobody_waits_through_one_rest_after_the_other(clock):
+    pace = Pace(clock, calls=100, seconds=10.0)
+    pace.refused(None)
+    pace.refused(None)  # of a call that was under way
+    assert pace.take_turn(within=9.0)
+    pace.refused(None)
+
+    assert not pace.take_turn(within=9.0)
+    clock.advance(2.0)
+    assert pace.take_turn(within=0.0)
+    pace.taken()
+    pace.refused(None)
+    assert pace.take_turn(within=9.0)
+
+
+def test_no_rest_is_so_long_that_a_result_would_be_forgotten(clock):
+    pace = Pace(clock, calls=100, seconds=10.0)
+    pace.refused(900.0)
+    pace.refused(1.0)
+
+    clock.advance(29.9)
+    assert not pace.take_turn(within=0.0)
+    clock.advance(0.1)
+    assert pace.take_turn(within=0.0)
 
 
 # Room

@@ -1091,6 +1091,18 @@ def test_a_run_without_an_answer_is_not_looked_at_later_than_it_was_due(with_web
     assert seconds_to_the_next_look(with_webhooks) == 0
 
 
+@pytest.mark.parametrize("column", ["cancel_at", "deadline_at"])
+def test_a_run_that_must_stop_is_looked_at_in_each_round(with_webhooks, column):
+    with_webhooks.create("a cat", simulate={"run_seconds": 4000})
+    with_webhooks.cloud.d1.execute(f"UPDATE jobs SET {column} = '2026-02-01T00:00:00.000Z'")
+    for _ in range(2):
+        with_webhooks.faults.add(r"POST .*/cancel/", (429, ""))
+
+    with_webhooks.round(after=600)
+
+    assert seconds_to_the_next_look(with_webhooks) == 12
+
+
 def test_a_run_that_a_user_cancels_is_looked_at_at_once(with_webhooks):
     job_id = with_webhooks.create("a cat", simulate={"run_seconds": 4000})
     with_webhooks.round(after=600)

@@ -215,7 +215,20 @@ def test_each_endpoint_has_a_limit_of_its_own(answers, runpod, monkeypatch):
     assert len(answers.calls) == 2
 
 
-@pytest.mark.parametrize(("headers", "seconds"), [({}, 2.0), ({"Retry-After": "7"}, 7.0)])
+def test_a_run_is_not_sent_with_less_time_than_it_should_have(answers, runpod, clock, monkeypatch):
+    monkeypatch.setitem(CALLS, "run", 1)
+    answers.add("POST", RUN, json={"id": "run-1", "status": "IN_QUEUE"})
+    runpod.run("ep", {}, timeout=5.0)
+
+    with pytest.raises(TransientError):
+        runpod.run("ep", {}, timeout=5.0, within=14.9)
+
+    assert len(answers.calls) == 1
+    runpod.run("ep", {}, timeout=5.0, within=15.0)
+    assert len(answers.calls) == 2
+
+
+@pytest.mark.parametrize(("headers", "seconds"), [({}, 2.0), ({"Retry-After": "1"}, 1.0)])
 def test_after_a_429_nobody_asks_for_a_while(answers, runpod, clock, headers, seconds):
     answers.add("GET", f"{BASE}/ep/status/run-1", status=429, headers=headers)
     answers.add("GET", f"{BASE}/ep/status/run-2", json={"id": "run-2", "status": "IN_QUEUE"})

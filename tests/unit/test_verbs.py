@@ -1,11 +1,12 @@
 """Cancel, retry, redrive, dead letters and RunPod's callbacks, as their callers see them."""
 
 import json
+from datetime import timedelta
 
 import pytest
 import requests
 
-from chalicelib import bootstrap
+from chalicelib import bootstrap, jobs
 from chalicelib.jobs import State
 from chalicelib.r2 import R2
 from chalicelib.spool import Spool
@@ -387,15 +388,18 @@ def test_a_callback_looks_again_where_a_look_from_before_the_end_is_saved_meanwh
     assert bench.timeline(job_id) == ["created", "submitted", "observed", "completed", "done"]
 
 
-def test_a_callback_before_the_end_looks_once(client, bench, cloud):
-    job_id = bench.create("a cat")
+def test_a_callback_before_the_end_looks_once_and_has_the_next_round_look_again(client, bench, cloud):
+    job_id = bench.create("a cat", simulate={"run_seconds": 4000})
     path, run_id = webhook_of(cloud, job_id)
+    bench.round(after=600)
+    bench.cloud.d1.execute("UPDATE jobs SET due_at = '2099-01-01T00:00:00.000Z'")
     before = cloud.calls["runpod"]
 
     call(client, "POST", path, {"id": run_id}, auth={})
 
     assert cloud.calls["runpod"] - before == 1
     assert bench.job(job_id).status == "running"
+    assert bench.job(job_id).due_at == jobs.to_text(bench.clock.now() + timedelta(seconds=12))
 
 
 def test_a_callback_adopts_the_run_whose_answer_was_lost(client, bench, cloud, faults):
