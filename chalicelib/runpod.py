@@ -97,7 +97,6 @@ class Runpod:
         # Never with less time than it should have: an answer that is lost may be a run that is bought twice.
         self._wait_for_turn(endpoint_id, "run", timeout, within, least=timeout)
         reply = self._call("POST", endpoint_id, "run", timeout=timeout, body=body)
-        self._heed(endpoint_id, "run", reply)
         if reply.status != 200:
             raise _refusal(reply)
         answer = _object(reply.body)

@@ -1,5 +1,5 @@
 """
-Where a round's processor time goes: `.venv/bin/python -m bench.profile [running|links|base64] [--service FOLDER]`.
+Where a round's processor time goes: `.venv/bin/python -m bench.hot_spots [running|links|base64] [--service FOLDER]`.
 
 The round runs in one thread, for a profile sees only its own, and against a local cloud that answers at once. What is
 printed is the time inside each function, without what it calls, in milliseconds for each job; waiting is left out.
@@ -86,7 +86,7 @@ def show(stats: pstats.Stats) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.hot_spots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", nargs="?", choices=(RUNNING, LINKS, BASE64), default=RUNNING)
     parser.add_argument("--service", type=Path, default=ROOT, help="another checkout whose service is profiled")
