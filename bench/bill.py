@@ -11,14 +11,13 @@ goes out to the internet.
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from bench import scene
-from bench.scene import ROOT, RUNNING
+from bench.scene import RUNNING
+from chalicelib.pipeline import ROUND_EVERY, ROUNDS, THREADS
 from tests.engines.processes import miniflare, why_missing
 from tools.cloud import LATENCY
 
@@ -34,10 +33,9 @@ R2_PUT, R2_READ, R2_GB = 4.50e-6, 0.36e-6, 0.015
 API_CALLS = 345_600  # a day that Cloudflare allows: 1,200 in five minutes
 MINUTES = 43_830  # of a month
 MEMORY = (128, 256, 512, 1024, 1769)
-FULL_MEMORY = 1769  # MB, which have one processor
-ROUNDS, ROUND_EVERY = 4, 15.0
+# MB, which have one processor: https://docs.aws.amazon.com/lambda/latest/dg/configuration-memory.html
+FULL_MEMORY = 1769
 JOBS = (0, 1_000, 100_000)  # a day
-THREADS = 32
 Life = dict[str, dict[str, float]]
 
 
@@ -46,25 +44,11 @@ def measure() -> Life:
     if missing := why_missing("miniflare"):
         sys.exit(f"D1's own engine is needed, for its rows: {missing}")
     with scene.scene(RUNNING, 0, latency=1.0) as slow:
-        life = _lived(slow.settings)
+        life: Life = scene.told("one_life.py", slow)
     with scene.scene(RUNNING, 0, latency=0.0) as quick, miniflare() as engine:
-        rows = _lived({**quick.settings, **engine})
+        rows: Life = scene.told("one_life.py", {**quick, **engine})
     for name, figures in life.items():
         figures |= {figure: rows[name][figure] for figure in ("rows_read", "rows_written")}
-    return life
-
-
-def _lived(settings: dict[str, str]) -> Life:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "one_life.py")],
-        input=json.dumps(settings),
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        check=True,
-    )
-    life: Life = json.loads(done.stdout)
     return life
 
 

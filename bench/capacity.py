@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from bench.bill import FULL_MEMORY
 from chalicelib.jobs import to_text
 from chalicelib.runtime import Deadline
 from tests.simulation.clouds import Run
@@ -29,7 +30,6 @@ from tests.simulation.world import LAMBDA_SECONDS, RESERVE, START, World
 SECONDS = {"d1": 0.12, "runpod": 0.08}
 LIMIT, WINDOW = 2_000, 10.0  # RunPod's, calls and seconds
 LOOK_SECONDS = 0.0016  # of a whole processor, for one look: bench.rounds
-FULL_MEMORY = 1769  # MB with which a function has one: https://docs.aws.amazon.com/lambda/latest/dg/configuration-memory.html
 DUE = 90.0  # seconds: due after 60, and then the grid of the rounds, and the length of one
 AGE = timedelta(minutes=10)
 DAY = 86_400.0

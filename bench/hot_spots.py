@@ -91,10 +91,10 @@ def main() -> None:
     parser.add_argument("kind", nargs="?", choices=(RUNNING, LINKS, BASE64), default=RUNNING)
     parser.add_argument("--service", type=Path, default=ROOT, help="another checkout whose service is profiled")
     options = parser.parse_args()
-    with scene.scene(options.kind, COUNT, latency=0.0) as found:
+    with scene.scene(options.kind, COUNT, latency=0.0) as settings:
         subprocess.run(
             [sys.executable, __file__, "--inside"],
-            input=json.dumps(found.settings),
+            input=json.dumps(settings),
             env={**os.environ, "PYTHONPATH": f"{options.service}:{ROOT}"},
             stderr=subprocess.DEVNULL,
             text=True,

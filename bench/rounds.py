@@ -10,8 +10,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,19 +39,10 @@ def measure(
     **more: Any,
 ) -> Figures:
     """One measurement in a process of its own, of this checkout or of another one."""
-    with scene.scene(kind, count, latency=latency, picture_bytes=picture_bytes) as found:
+    with scene.scene(kind, count, latency=latency, picture_bytes=picture_bytes) as settings:
         number = threads or (pipeline.THREADS if how == "bare" else None)  # else as many as the service has
-        order = {"how": how, "settings": found.settings, "kind": kind, "count": count, "threads": number}
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "bench" / "one_round.py")],
-            input=json.dumps({**order, "record": record, **more}),
-            env={**os.environ, **MACHINE, "PYTHONPATH": f"{service}:{ROOT}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            check=True,
-        )
-        figures: Figures = json.loads(done.stdout)
+        order = {"how": how, "settings": settings, "kind": kind, "count": count, "threads": number, "record": record}
+        figures: Figures = scene.told("one_round.py", {**order, **more}, service=service, **MACHINE)
         return figures
 
 

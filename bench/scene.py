@@ -1,14 +1,16 @@
 """A local cloud with jobs at RunPod, as slow to answer as the real ones are, in a process of its own."""
 
 import contextlib
+import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -25,7 +27,6 @@ MOST_WAIT = 30.0  # seconds for the cloud to begin
 # What RunPod has made of the jobs: nothing yet, or a picture in its answer or behind a link.
 RUNNING, BASE64, LINKS = "running", "base64", "links"
 
-
 FILL = """
 WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < ?1)
 INSERT INTO jobs (
@@ -40,18 +41,9 @@ WHERE i < ?1
 """
 
 
-@dataclass(frozen=True)
-class Scene:
-    """Jobs that wait to be looked at; the settings that lead to them."""
-
-    settings: dict[str, str]
-    kind: str
-    count: int
-
-
 @contextlib.contextmanager
-def scene(kind: str, count: int, *, latency: float, picture_bytes: int = PICTURE_BYTES) -> Iterator[Scene]:
-    """So many jobs that RunPod has, due now; the cloud ends with the block."""
+def scene(kind: str, count: int, *, latency: float, picture_bytes: int = PICTURE_BYTES) -> Iterator[dict[str, str]]:
+    """So many jobs that RunPod has, due now: the settings that lead to them. The cloud ends with the block."""
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         settings = _fill(Path(folder), f"http://127.0.0.1:{port}", kind, count, picture_bytes)
@@ -59,10 +51,24 @@ def scene(kind: str, count: int, *, latency: float, picture_bytes: int = PICTURE
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)
         try:
             _wait_for(f"http://127.0.0.1:{port}/")
-            yield Scene(settings, kind, count)
+            yield settings
         finally:
             process.kill()
             process.wait()
+
+
+def told(script: str, order: Any, *, service: Path = ROOT, **environment: str) -> Any:
+    """What a script of the bench says in a process of its own, which has the service of this checkout or another."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / script)],
+        input=json.dumps(order),
+        env={**os.environ, **environment, "PYTHONPATH": f"{service}:{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
 
 
 def run_id(number: int) -> str:

@@ -12,9 +12,9 @@ from chalicelib.records import dataclass
 PIECE_CHARS = 262_144  # decoded at once; a multiple of four
 HEAD_CHARS = 8_000
 
-# Possessive, so that a text made for it cannot make this go over it again and again.
 LETTERS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/_- \t\n\r\f\v\x1c\x1d\x1e\x1f"
 PADDING = "= \t\n\r\f\v\x1c\x1d\x1e\x1f"
+# Possessive, so that a text made for it cannot make this go over it again and again.
 BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]*+(?:=\s*+)*+")
 
 

@@ -167,7 +167,7 @@ class Round:
         """What is due; a result that must be stored alone is not yet claimed."""
         left = self.deadline.left()
         submits = SUBMITS_PER_ROUND if left > SUBMIT_BUDGET and not self._saves_refused else 0
-        # A poll that is claimed and not begun would be looked at only when it is due once more.
+        # A poll that is claimed and not begun is one more row to save, and is looked at a round later.
         polls = int(POLLS_PER_SECOND * max(0.0, min(POLLING_SECONDS, left - POLL_BUDGET)))
         nonce = self.doubtful.take() or new_nonce(self.rng)
         try:
