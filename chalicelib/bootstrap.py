@@ -5,7 +5,7 @@ from collections.abc import Callable
 from random import Random, SystemRandom
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from chalicelib import catalogue, parameters, settings
+from chalicelib import catalogue, metrics, parameters, settings
 from chalicelib.credentials import Credential, Fresh
 from chalicelib.records import dataclass
 from chalicelib.runtime import Clock, Crew
@@ -105,6 +105,7 @@ class Service:
     def __init__(self, given: Machine, config: Settings, load: Callable[[], Settings]) -> None:
         self.making = threading.RLock()
         self.settings = config
+        metrics.name(config.service_name)
         self.models = catalogue.load()
         self.clock = given.clock
         self._rng = given.rng

@@ -5,7 +5,7 @@ import re
 from random import Random
 from typing import Any
 
-from chalicelib import retry
+from chalicelib import metrics, retry
 from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.records import dataclass
@@ -103,6 +103,7 @@ class D1:
         locked_for = self._locked_until - self._clock.monotonic()
         if locked_for > 0:  # a call now would be refused, and might prolong it
             raise _rate_limited(locked_for)
+        metrics.count("D1Calls")
         reply = exchange_as(
             self._token,
             self._wire,
@@ -122,8 +123,10 @@ class D1:
         # ratelimit: "default";r=1199;t=1 - calls left, and seconds until the window is over
         if limit := re.search(r"\br=(\d+).*?\bt=(\d+)", reply.headers.get("ratelimit", "")):
             self._calls_left = (int(limit[1]), self._clock.monotonic() + int(limit[2]))
+            metrics.tell("D1CallsLeft", int(limit[1]))
         if reply.status == 429 and reply.retry_after is not None:
             self._locked_until = self._clock.monotonic() + reply.retry_after
+            metrics.tell("D1CallsLeft", 0)
 
 
 def _in_doubt(error: ServiceError) -> IndeterminateError:

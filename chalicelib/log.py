@@ -3,13 +3,22 @@
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from datetime import datetime
 from typing import Any
 
+from chalicelib import metrics
 from chalicelib.errors import ServiceError
-from chalicelib.jobs import Change, to_text
+from chalicelib.jobs import Change, State, from_text, to_text
 from chalicelib.runtime import Clock
+
+# Moves and other events of a job, and what counts them.
+COUNTED = {"submitted": "Submits", "done": "Done", "cancelled": "Cancelled", "store_failed": "StoresFailed"}
+# What RunPod says of an input that it refuses may be the input, in which there is a prompt. The timeline has it.
+NOT_TOLD = {"runpod_refused"}
+# Exceptions whose words are of the code alone; others tell what they stumbled over, such as a link that is signed.
+OF_CODE = (AttributeError, TypeError, NameError, ImportError, ZeroDivisionError, ServiceError)
 
 _logger = logging.getLogger("ob-ai-studio")
 
@@ -26,9 +35,20 @@ class _JsonLines(logging.Formatter):
             **_invocation.get(),
             **getattr(record, "fields", {}),
         }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+        if record.exc_info and record.exc_info[1]:
+            line["exception"] = "\n".join(_told(record.exc_info[1]))
         return json.dumps(line, ensure_ascii=False)
+
+
+def _told(error: BaseException) -> Iterator[str]:
+    """What was raised, where, and what it was raised from; without the words of most exceptions."""
+    import traceback
+
+    if before := error.__cause__ or error.__context__:
+        yield from _told(before)
+    words = f": {error}" if isinstance(error, OF_CODE) else ""
+    yield f"{type(error).__name__}{words}"
+    yield from (line.rstrip() for line in traceback.format_tb(error.__traceback__))
 
 
 def _set_up() -> None:
@@ -55,30 +75,57 @@ def add(**more: str) -> None:
 
 def answered(method: str, route: str, status: int, seconds: float) -> None:
     """A request is over. Of its address only the pattern: a callback's own holds a secret, a query what is sought."""
-    _write(logging.INFO, "request", method=method, route=route, status=status, ms=round(seconds * 1000))
+    counted = metrics.take(Clock().now())
+    _write(logging.INFO, "request", method=method, route=route, status=status, ms=_ms(seconds), **counted)
 
 
-def _write(level: int, message: str, *, exc_info: bool = False, **fields: Any) -> None:
-    _logger.log(
-        level,
-        message,
-        exc_info=exc_info,
-        extra={"fields": {name: value for name, value in fields.items() if value is not None}},
-    )
+def _write(level: int, message: str, **fields: Any) -> None:
+    told = {name: value for name, value in fields.items() if value is not None}
+    _logger.log(level, message, exc_info=level == logging.ERROR, extra={"fields": told})
 
 
-def saved(change: Change) -> None:
-    """A job has made a move, and it is in the table."""
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def saved(change: Change, now: datetime) -> None:
+    """A job has made a move, and it is in the table; `ms` is the time since the move before."""
+    job, before = change.job, change.before
+    counted = metrics.of_error(job.error_code or "", now) if job.state is State.ERROR else {}
+    _count(change.event)
+    metrics.count("CostUSD", (job.cost or 0) - (before.cost or 0))
+    metrics.count("WastedUSD", (job.wasted or 0) - (before.wasted or 0))
     _write(
         logging.INFO,
         change.event,
-        job_id=change.job.id,
-        attempt=change.job.attempt,
-        runpod_job_id=change.job.runpod_job_id,
-        step_from=change.before.state,
-        step_to=change.job.state,
+        job_id=job.id,
+        attempt=job.attempt,
+        runpod_job_id=job.runpod_job_id,
+        endpoint_id=job.endpoint_id,
+        step_from=before.state,
+        step_to=job.state,
+        ms=_since(before.updated_at, now),
         code=change.error.code if change.error else None,
+        **counted,
     )
+
+
+def happened(event: str, job_id: str, *, attempt: int | None = None, step_to: str | None = None) -> None:
+    """Something else has happened to a job that its timeline has, too."""
+    _count(event)
+    _write(logging.INFO, event, job_id=job_id, attempt=attempt, step_to=step_to)
+
+
+def _count(event: str) -> None:
+    if event in COUNTED:
+        metrics.count(COUNTED[event])
+
+
+def _since(text: str, now: datetime) -> int | None:
+    try:
+        return max(0, _ms((now - from_text(text)).total_seconds()))
+    except ValueError:
+        return None
 
 
 def told(job_id: str, event: str, status: str, line: Mapping[str, Any]) -> None:
@@ -86,17 +133,26 @@ def told(job_id: str, event: str, status: str, line: Mapping[str, Any]) -> None:
     _write(logging.INFO, "callback", job_id=job_id, event=event, outcome=status, status=line["status"], ms=line["ms"])
 
 
-def failed(what: str, error: ServiceError, *, job_id: str | None = None) -> None:
+def failed(what: str, error: ServiceError, *, job_id: str | None = None, endpoint_id: str | None = None) -> None:
     """Something did not work that is tried again, or that the caller was told of."""
-    _write(logging.WARNING, what, code=error.code, reason=error.sentence, service=error.service or None, job_id=job_id)
+    _write(
+        logging.WARNING,
+        what,
+        job_id=job_id,
+        endpoint_id=endpoint_id,
+        code=error.code,
+        reason=None if error.code in NOT_TOLD else error.sentence,
+        service=error.service or None,
+    )
 
 
 def crashed(what: str, *, job_id: str | None = None) -> None:
-    """A bug: called while the exception is handled; its traceback goes into the line."""
-    _write(logging.ERROR, what, exc_info=True, job_id=job_id)
+    """A bug: called while the exception is handled; where it was raised goes into the line."""
+    _write(logging.ERROR, what, job_id=job_id)
 
 
 def round_over(*, checked: int, submitted: int, updated: int, seconds: float) -> None:
-    """One pass of the pipeline is over; one that had nothing to do is not worth a line."""
-    if checked or submitted or updated:
-        _write(logging.INFO, "round", checked=checked, submitted=submitted, updated=updated, seconds=round(seconds, 2))
+    """One pass of the pipeline is over; without metrics, one that had nothing to do is not worth a line."""
+    counted = metrics.take(Clock().now())
+    if counted or checked or submitted or updated:
+        _write(logging.INFO, "round", checked=checked, submitted=submitted, updated=updated, ms=_ms(seconds), **counted)

@@ -11,7 +11,7 @@ from datetime import timedelta
 from random import Random
 from typing import TYPE_CHECKING
 
-from chalicelib import jobs, log, moves
+from chalicelib import jobs, log, metrics, moves
 from chalicelib.errors import (
     IndeterminateError,
     PermanentError,
@@ -314,12 +314,25 @@ class Pipeline:
 
     def run_round(self, deadline: Deadline, *, ignore_due: bool = False) -> Report:
         """One pass over every due job. Raises ServiceError where the claim fails; what was won before is carried on."""
-        return self._new_round(THREADS, deadline, lambda round_: round_.run(ignore_due=ignore_due))
+        begun = self.clock.monotonic()
+        report = Report()
+        try:
+            report = self._new_round(THREADS, deadline, lambda round_: round_.run(ignore_due=ignore_due))
+            return report
+        except Exception:
+            metrics.count("RoundsFailed")
+            raise
+        finally:
+            self._say(report, self.clock.monotonic() - begun)
+
+    def _say(self, report: Report, seconds: float) -> None:
+        metrics.count("Rounds")
+        metrics.tell("RoundSeconds", seconds)
+        log.round_over(checked=report.checked, submitted=report.submitted, updated=len(report.updated), seconds=seconds)
 
     def _new_round(self, threads: int, deadline: Deadline, run: Callable[[Round], Report]) -> Report:
-        start = self.clock.monotonic()
         with self.new_crew(threads) as crew:
-            report = run(
+            return run(
                 Round(
                     store=self.store,
                     steps=self.steps,
@@ -331,9 +344,6 @@ class Pipeline:
                     doubtful=self.doubtful,
                 )
             )
-        seconds = self.clock.monotonic() - start
-        log.round_over(checked=report.checked, submitted=report.submitted, updated=len(report.updated), seconds=seconds)
-        return report
 
 
 def _require_same_request(there: list[Job], request_hash: str | None, number: int) -> None:

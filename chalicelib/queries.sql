@@ -2,6 +2,7 @@
 -- several statements have in common is a part, and stands in them by its name in braces.
 -- :name is bound by name; store.py turns it into D1's ?1. JSON numbers that are bound arrive as REAL, so counts are CAST
 -- and rows come as one JSON text through json_each, which keeps integers.
+-- A line of a timeline that is written here comes back, to be logged.
 -- Every batch made of these may be sent again with the same parameters: its nonce makes a repeat do nothing new.
 
 
@@ -46,6 +47,7 @@ SELECT id, version, 0, created_at, 'created', json_object('attempt', attempt, 'b
 FROM jobs
 WHERE id IN (SELECT value FROM json_each(:ids)) AND claimer = :nonce
 ON CONFLICT DO NOTHING
+RETURNING job_id, event, CAST(json_extract(detail, '$.attempt') AS INTEGER) AS attempt
 
 
 -- name: file_metadata
@@ -94,6 +96,7 @@ SELECT id, version + 1, 0, :now, 'adopted', json_object('status', status, 'runpo
 FROM jobs
 WHERE step IS NULL AND status IN ('queued', 'running') AND typeof(id) = 'text'
 ON CONFLICT DO NOTHING
+RETURNING job_id, event, CAST(json_extract(detail, '$.attempt') AS INTEGER) AS attempt
 
 
 -- name: adopt_old_rows
@@ -121,6 +124,7 @@ SELECT id, version + 1, 0, :now, 'possible_duplicate', json_object('attempt', at
 FROM jobs
 WHERE status IN ('queued', 'running') AND step = 'submitting' AND due_at <= :now
 ON CONFLICT DO NOTHING
+RETURNING job_id, event, CAST(json_extract(detail, '$.attempt') AS INTEGER) AS attempt
 
 
 -- name: expire_submits
@@ -137,6 +141,7 @@ SELECT id, version + 1, 0, :now, 'cancelled', json_object('attempt', attempt)
 FROM jobs
 WHERE status IN ('queued', 'running') AND cancel_at IS NOT NULL AND step = 'submit'
 ON CONFLICT DO NOTHING
+RETURNING job_id, event, CAST(json_extract(detail, '$.attempt') AS INTEGER) AS attempt
 
 
 -- part: told
@@ -246,6 +251,7 @@ SELECT id, version, 0, :now, 'submitting', json_object('attempt', attempt, 'endp
 FROM jobs
 WHERE claimer = :nonce AND status IN ('queued', 'running') AND step = 'submitting' AND intent_version = version
 ON CONFLICT DO NOTHING
+RETURNING job_id, event, CAST(json_extract(detail, '$.attempt') AS INTEGER) AS attempt
 
 
 -- name: claim_polls
@@ -452,6 +458,7 @@ SELECT id, version, 0, :now, 'cancelled', json_object('attempt', attempt, 'by', 
 FROM jobs
 WHERE id IN (SELECT value FROM json_each(:ids)) AND writer = :nonce AND +status = 'cancelled'
 ON CONFLICT DO NOTHING
+RETURNING job_id, event, CAST(json_extract(detail, '$.attempt') AS INTEGER) AS attempt
 
 
 -- name: tell_of_cancelled
@@ -481,6 +488,7 @@ FROM jobs
 WHERE id IN (SELECT value FROM json_each(:ids)) AND +status IN ('queued', 'running') AND step IN ('submitting', 'poll') AND cancel_at = :now
   AND NOT EXISTS (SELECT 1 FROM job_events AS line WHERE line.job_id = jobs.id AND line.event = 'cancel_asked' AND line.at = :now)
 ON CONFLICT DO NOTHING
+RETURNING job_id, event, CAST(json_extract(detail, '$.attempt') AS INTEGER) AS attempt
 
 
 -- name: mark_deleted
@@ -498,6 +506,7 @@ SELECT id, version, 0, :now, 'deleting', json_object('by', :by)
 FROM jobs
 WHERE id IN (SELECT value FROM json_each(:ids)) AND writer = :nonce AND deleted_at = :now
 ON CONFLICT DO NOTHING
+RETURNING job_id, event, CAST(json_extract(detail, '$.attempt') AS INTEGER) AS attempt
 
 
 -- name: select_deleted
@@ -557,6 +566,7 @@ SELECT id, version + 1, 0, :now, 'deleted', json_object('by', :by)
 FROM jobs
 WHERE id IN (SELECT value FROM json_each(:ids)) AND deleted_at IS NOT NULL
 ON CONFLICT DO NOTHING
+RETURNING job_id, event, CAST(json_extract(detail, '$.attempt') AS INTEGER) AS attempt
 
 
 -- name: delete_jobs

@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import field, replace
+from datetime import datetime
 from random import Random
 
 from chalicelib import jobs, log, moves
@@ -119,10 +120,9 @@ class Saver:
 
     def _save(self, batch: Batch, saved: Saved, deadline: Deadline) -> list[Batch]:
         """Save one batch; the batches that are to be tried in its place, if a row of it is at fault."""
+        now = self._clock.now()
         try:
-            versions = self._store.save(
-                batch.changes, nonce=batch.nonce, now=self._clock.now(), timeout=deadline.cap(SAVE_TIMEOUT)
-            )
+            versions = self._store.save(batch.changes, nonce=batch.nonce, now=now, timeout=deadline.cap(SAVE_TIMEOUT))
         except Exception as error:
             if isinstance(error, PermanentError) and error.code in FAULTS_OF_A_ROW:
                 return self._without_fault(batch.changes, error, deadline)
@@ -132,15 +132,16 @@ class Saver:
                 # It may be in the table under this nonce; under another one that would look like a lost race.
                 self._keep_batches([batch])
             raise
-        self._settle(batch.changes, versions, saved)
+        self._settle(batch.changes, versions, saved, now)
         return []
 
-    def _settle(self, changes: list[Change], versions: dict[str, int], saved: Saved) -> None:
+    def _settle(self, changes: list[Change], versions: dict[str, int], saved: Saved, now: datetime) -> None:
         for change in changes:
             if change.job.id in versions:
-                won = replace(change, job=replace(change.job, version=versions[change.job.id]))
+                version, updated_at = versions[change.job.id], jobs.to_text(now)
+                won = replace(change, job=replace(change.job, version=version, updated_at=updated_at))
                 saved.won.append(won)
-                log.saved(won)
+                log.saved(won, now)
             elif change.accepted:
                 self._keep_orphans([change])
                 self._orphans_due = self._clock.monotonic()

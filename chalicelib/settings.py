@@ -196,6 +196,11 @@ class Settings:
         _flag,
         default="false",
     )
+    service_name: str = _setting(
+        "Names this deployment in its metrics; `./deploy` sets it to the stack's name. Empty: no metrics are written",
+        _name_or_empty,
+        default="",
+    )
     spool_bucket: str = _setting(
         "AWS S3 bucket where finished pictures wait while R2 fails; empty: they wait at RunPod, half an hour at most",
         _name_or_empty,

@@ -6,7 +6,8 @@ from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
-from chalicelib.d1 import D1, Row
+from chalicelib import log
+from chalicelib.d1 import D1, Row, Statement
 from chalicelib.jobs import Change, Job, State, to_text
 from chalicelib.models import Models
 from chalicelib.moves import PROGRESS
@@ -22,6 +23,7 @@ POLL_AGAIN = (IN_THE_NEXT_ROUND,)
 SCHEMA_CHANGE = 5  # the last of the numbered changes to the schema that the queries need
 LOW_AHEAD = 8  # runs that wait for a worker, from which on jobs of low priority wait here
 LOW_WAIT = timedelta(minutes=10)  # for which they do; then they are like any other
+LINE = {"job_id", "event", "attempt"}  # of a timeline, as it comes back from what has written it
 UPLOADS_LEFT_FOR = timedelta(minutes=15)  # after the last job that used them; longer than one may still be put
 
 
@@ -93,7 +95,13 @@ class Store:
         self._poll_again = POLL_AGAIN_WITH_WEBHOOKS if has_webhooks else POLL_AGAIN
 
     def _run(self, names: list[str], values: dict[str, Any], *, timeout: float) -> list[list[Row]]:
-        return self._d1.query([bind(name, values) for name in names], timeout=timeout)
+        return self._query([bind(name, values) for name in names], timeout)
+
+    def _query(self, statements: list[Statement], timeout: float) -> list[list[Row]]:
+        found = self._d1.query(statements, timeout=timeout)
+        for row in (row for rows in found for row in rows if LINE <= row.keys()):
+            log.happened(row["event"], row["job_id"], attempt=row["attempt"])
+        return found
 
     def calls_left(self) -> int | None:
         """D1 calls left before Cloudflare locks the account out; None when not known. Costs no call."""
@@ -177,7 +185,7 @@ class Store:
             statements.append(bind(name, {**values, "limit": limit, "bytes": limits.submit_bytes, "suspect": SUSPECT}))
         for name in ("log_claimed_submits", "select_claimed", "select_suspect", "select_live"):
             statements.append(bind(name, {**values, "suspect": SUSPECT}))
-        *_, claimed, suspects, live = self._d1.query(statements, timeout=timeout)
+        *_, claimed, suspects, live = self._query(statements, timeout)
         return Claimed(
             jobs=[Job.from_row(row) for row in claimed],
             suspect=Job.from_row(suspects[0]) if suspects else None,

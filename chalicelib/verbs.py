@@ -5,7 +5,7 @@ from dataclasses import field, replace
 from functools import partial
 from random import Random
 
-from chalicelib import moves
+from chalicelib import log, moves
 from chalicelib.errors import RequestError, ServiceError, TransientError, job_changed, no_such_job
 from chalicelib.jobs import FINAL, Change, Job, State, Status
 from chalicelib.pipeline import THREADS, VERB_TIMEOUT, Pipeline
@@ -227,9 +227,12 @@ class Verbs:
 
     def _save_by_user(self, changes: list[Change], deadline: Deadline) -> dict[str, int]:
         # Not by the saver: what a caller was told has failed must not happen later all the same.
-        return self.store.save(
-            changes, nonce=new_nonce(self.rng), now=self.clock.now(), timeout=deadline.cap(VERB_TIMEOUT)
-        )
+        now = self.clock.now()
+        won = self.store.save(changes, nonce=new_nonce(self.rng), now=now, timeout=deadline.cap(VERB_TIMEOUT))
+        for change in changes:
+            if change.job.id in won:
+                log.saved(change, now)
+        return won
 
 
 def _came(refusals: Mapping[str, ServiceError | None]) -> Came:

@@ -29,7 +29,7 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 
 import app
-from chalicelib import bootstrap, jobs, log, settings
+from chalicelib import bootstrap, jobs, log, metrics, settings
 from chalicelib.bootstrap import Service
 from chalicelib.content import Content
 from chalicelib.credentials import Credential
@@ -59,6 +59,17 @@ AUTH = {"Authorization": f"Bearer {KEY}"}
 
 
 NOT_RUN = "NOT RUN:"
+
+# Every field that a line of the log may have beside metrics; README says what each is.
+FIELDS = (
+    "at", "level", "message", "request_id", "caller", "method", "route", "status", "job_id", "attempt", "runpod_job_id",
+    "endpoint_id", "step_from", "step_to", "ms", "code", "reason", "service", "exception", "event", "outcome",
+    "checked", "submitted", "updated", "_aws", "Service", "Code",
+)  # fmt: skip
+# What no line may hold: signatures, keys, and the prompt of most tests.
+UNTOLD = re.compile(
+    rf"X-Amz-|Signature=|Bearer |whsec_|{KEY}|local-(runpod-key|cloudflare-token|secret-key)|\ba cat\b|แมว"
+)
 
 
 class FakeClock(Clock):
@@ -190,6 +201,24 @@ def call(client: Any, method: str, path: str, body: Any = None, *, headers: Any 
 @pytest.fixture(autouse=True)
 def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(settings, "ENV_FILE", tmp_path / "no.env")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_logged_that_must_not_be(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every line that a test causes has only fields that README knows, and tells no secret."""
+    log.begin("test")
+    written: list[str] = []
+    form = log._JsonLines.format
+
+    def keep(formatter: log._JsonLines, record: logging.LogRecord) -> str:
+        written.append(form(formatter, record))
+        return written[-1]
+
+    monkeypatch.setattr(log._JsonLines, "format", keep)
+    yield
+    for line in written:
+        assert json.loads(line).keys() <= {*FIELDS, *metrics.METRICS}, line
+        assert not UNTOLD.search(line), line
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ THREADS = 8
 
 SERVE = (
     "chalicelib", "answers", "api", "auth", "bootstrap", "catalogue", "credentials", "errors", "inputs", "jobs", "log",
-    "models", "page", "parameters", "records", "runtime", "settings",
+    "metrics", "models", "page", "parameters", "records", "runtime", "settings",
 )  # fmt: skip
 SEND = (
     "connection", "d1", "deadlines", "moves", "pace", "pipeline", "queries", "retry", "room", "rounds", "runpod",

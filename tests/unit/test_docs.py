@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 import app
-from chalicelib import settings
+from chalicelib import metrics, settings
 from chalicelib.errors import REQUEST_STATUS
 from chalicelib.jobs import STATUS_OF, TRANSITIONS, State
-from tests.conftest import call
+from tests.conftest import FIELDS, call
 from tests.unit.test_keys import RIGHTS
 from tools import template
 
@@ -49,6 +49,18 @@ def test_the_example_of_a_line_of_the_log_has_its_fields(client, lines):
     call(client, "POST", "/api/queue/create", {"prompt": "a cat"})
 
     assert list(lines()[-1]) == list(json.loads(example[0]))
+
+
+def test_every_field_of_the_log_is_in_the_table():
+    rows = re.findall(r"^\| (`.+?`) \|", section("The log"), flags=re.MULTILINE)
+
+    assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == list(FIELDS)
+
+
+def test_every_metric_is_in_the_table_with_its_unit():
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", section("Metrics"), flags=re.MULTILINE)
+
+    assert rows == list(metrics.METRICS.items())
 
 
 def test_every_setting_is_in_the_table_with_its_default():

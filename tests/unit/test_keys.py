@@ -288,7 +288,7 @@ def test_every_line_of_a_request_has_its_id_and_caller_those_of_threads_too(clie
     _, _, other = call(client, "POST", "/dev/runpod-poll")
 
     said = [line for line in lines() if line["request_id"] == headers["X-Request-Id"]]
-    assert [line["message"] for line in said] == ["submitted", "submitted", "round", "request"]
+    assert [line["message"] for line in said] == ["created", "created", "submitted", "submitted", "request"]
     assert {line["caller"] for line in said} == {f"key-{KEY_HASH[:8]}"}
     assert other["X-Request-Id"] != headers["X-Request-Id"]
 

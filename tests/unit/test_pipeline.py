@@ -792,7 +792,7 @@ def test_the_room_of_an_answer_whose_save_was_lost_is_given_back(bench):
 
 def test_a_bug_while_saving_loses_no_outcome(bench, monkeypatch):
     job_id = bench.create()
-    monkeypatch.setattr("chalicelib.log.saved", lambda change: 1 / 0)
+    monkeypatch.setattr("chalicelib.log.saved", lambda change, now: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bench.round()
     monkeypatch.undo()
