@@ -169,6 +169,25 @@ CREATE TABLE IF NOT EXISTS job_events (
   PRIMARY KEY (job_id, version, n)
 ) WITHOUT ROWID;
 
+-- Endpoints that answer only errors: how many in a row of each kind. What works there removes the row.
+CREATE TABLE IF NOT EXISTS endpoint_faults (
+  endpoint_id TEXT NOT NULL,
+  -- Of a call, by which no run was taken; of a run, which a worker has failed.
+  kind TEXT NOT NULL CHECK (kind IN ('call', 'run')),
+  failures INTEGER NOT NULL,
+  pauses INTEGER NOT NULL DEFAULT 0,
+  -- Until when nothing is sent there; after that one job at a time tries it. NULL: too few have failed.
+  paused_until TEXT,
+  -- Whether a job has been sent to try it, of which nothing was heard yet.
+  probing INTEGER NOT NULL DEFAULT 0,
+  -- The last of the errors.
+  code TEXT NOT NULL,
+  sentence TEXT NOT NULL,
+  since TEXT NOT NULL,
+  writer TEXT,
+  PRIMARY KEY (endpoint_id, kind)
+) WITHOUT ROWID;
+
 -- Which of the files in changes/ this database has had.
 CREATE TABLE IF NOT EXISTS schema_changes (
   number INTEGER PRIMARY KEY,

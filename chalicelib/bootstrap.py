@@ -176,6 +176,7 @@ class Service:
             submit_unknown_wait=self.settings.submit_unknown_wait,
             total_deadline=self.settings.total_deadline,
             max_queued=self.settings.max_queued,
+            max_running=self.settings.max_running,
             has_webhooks=self._webhooks.are_on,
         )
 
@@ -184,7 +185,7 @@ class Service:
         """The jobs table, to be looked at."""
         from chalicelib.reads import Reads
 
-        return Reads(d1=self._d1, clock=self.clock)
+        return Reads(d1=self._d1, clock=self.clock, max_running=self.settings.max_running)
 
     def forget_reads(self) -> None:
         """Read anew from now on: this process has written."""

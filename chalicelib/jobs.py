@@ -171,7 +171,11 @@ class Job:
     wasted: float | None = None
     uncosted: int = 0
     progress: str | None = None
-    ahead: int | None = None  # no column: how many jobs are before it in our queue
+    # No columns, but why it waits in our queue: how many jobs are before it; how its endpoint is paused (JSON); whether
+    # RunPod has as many runs as it may have.
+    ahead: int | None = None
+    paused: str | None = None
+    held: int = 0
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Job":
@@ -258,6 +262,7 @@ def new(
     prompt: str,
     model: str,
     payload: dict[str, Any] | None,
+    endpoint_id: str | None = None,
     metadata: Mapping[str, str] | None = None,
     priority: str = NORMAL,
     deadline: int | None = None,
@@ -274,6 +279,7 @@ def new(
         prompt=prompt,
         model=model,
         input=own_input,
+        endpoint_id=endpoint_id,
         step=State.SUBMIT,
         version=1,
         due_at=created_at,

@@ -146,6 +146,12 @@ def failed(what: str, error: ServiceError, *, job_id: str | None = None, endpoin
     )
 
 
+def endpoint(endpoint_id: str, code: str, sentence: str, *, until: str | None) -> None:
+    """An endpoint is paused until then, for that is the last of its errors; or it works again."""
+    level, what = (logging.WARNING, "endpoint_errors") if until else (logging.INFO, "endpoint_works")
+    _write(level, what, endpoint_id=endpoint_id, code=code, reason=sentence, until=until)
+
+
 def crashed(what: str, *, job_id: str | None = None) -> None:
     """A bug: called while the exception is handled; where it was raised goes into the line."""
     _write(logging.ERROR, what, job_id=job_id)

@@ -92,6 +92,7 @@ class Pipeline:
             prompt=prompt,
             model=model,
             payload=payload,
+            endpoint_id=self.store.endpoint_of(model),
             metadata=metadata,
             priority=priority,
             deadline=deadline,
@@ -112,14 +113,14 @@ class Pipeline:
         sending = self._may_send(deadline)
         now = self.clock.now()
         made = [self.store.with_intent(job, now=now) if sending and job.priority != LOW else job for job in wanted]
-        to_send = [job for job in made if job.state is State.SUBMITTING]
+        claimed = [job for job in made if job.state is State.SUBMITTING]
         try:
             there, gone = self.store.create(
                 made, by=by, nonce=new_nonce(self.rng), timeout=deadline.cap(CREATE_TIMEOUT)
             )
         except IndeterminateError:
             # The rows may be there with their intent written, and nobody will send them.
-            self.saver.keep([moves.return_unsent(job, now=self.clock.now()) for job in to_send])
+            self.saver.keep([moves.return_unsent(job, now=self.clock.now()) for job in claimed])
             raise
         except PermanentError as error:
             if error.code == "d1_request_too_large":
@@ -130,7 +131,8 @@ class Pipeline:
             raise no_picture(min(gone)) if gone else self._no_room(len(wanted))
         _require_same_request(there, wanted[0].request_hash, len(wanted))
         if there[0].id in {job.id for job in wanted}:
-            self._send_all(to_send, deadline)
+            may_be_sent = {job.id for job in there if job.state is State.SUBMITTING}
+            self._send_all([job for job in claimed if job.id in may_be_sent], deadline)
             return [job.id for job in wanted]
         return [job.id for job in there]
 

@@ -6,22 +6,61 @@
 -- Every batch made of these may be sent again with the same parameters: its nonce makes a repeat do nothing new.
 
 
+-- part: at_runpod
+-- How many runs RunPod has, or may have, as far as it is worth counting.
+(SELECT count(*) FROM (
+  SELECT 1
+  FROM jobs AS there INDEXED BY jobs_due
+  WHERE there.status IN ('queued', 'running') AND there.step IN ('submitting', 'poll')
+  LIMIT CAST(:max_running AS INTEGER)
+))
+
+
+-- part: endpoint
+-- Where a job is sent.
+coalesce((SELECT own.value FROM json_each(:endpoints) AS own WHERE own.key = coalesce(jobs.model, 'qwen-image')), :endpoint_id)
+
+
+-- part: is_paused
+-- Whether nothing but a probe is sent there; mostly no endpoint is, and no job's need be found.
+EXISTS (SELECT 1 FROM endpoint_faults WHERE paused_until IS NOT NULL)
+  AND EXISTS (SELECT 1 FROM endpoint_faults AS fault WHERE fault.endpoint_id = {endpoint} AND fault.paused_until IS NOT NULL)
+
+
+-- part: intent
+-- claim: submit -> submitting. The intent is on disk before any paid call.
+step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
+runpod_job_id = NULL, runpod_status = NULL, claimer = :nonce, due_at = :unknown_at, updated_at = :now,
+endpoint_id = {endpoint},
+deadline_at = coalesce(deadline_at, :deadline_at)
+
+
 -- name: create_jobs
 -- Insert all of the rows or none: they are not there yet, their idempotency key neither, their pictures are, and there is
--- room for them in the queue. Of two requests at once with one key the second finds the first one's rows, for D1 writes one after the other.
+-- room for them in the queue. Those that are to be sent at once are claimed by this, as far as RunPod may be given more runs and
+-- their endpoint is not paused. Of two requests at once with one key the second finds the first one's rows, for D1 writes one after the other.
 INSERT INTO jobs (
   id, status, step, prompt, model, input, endpoint_id, version, attempt, intent_version, due_at, deadline_at, claimer, created_at, updated_at,
   idempotency_key, idempotency_n, request_hash, metadata, priority, deadline, pictures, callback_url
 )
 SELECT
-  json_extract(value, '$.id'), 'queued', json_extract(value, '$.step'), json_extract(value, '$.prompt'), json_extract(value, '$.model'),
-  json_extract(value, '$.input'), json_extract(value, '$.endpoint_id'), json_extract(value, '$.version'), json_extract(value, '$.attempt'),
-  json_extract(value, '$.intent_version'), json_extract(value, '$.due_at'), json_extract(value, '$.deadline_at'), :nonce,
+  json_extract(value, '$.id'), 'queued', iif(sends, 'submitting', 'submit'), json_extract(value, '$.prompt'), json_extract(value, '$.model'),
+  json_extract(value, '$.input'), json_extract(value, '$.endpoint_id'), json_extract(value, '$.version'), iif(sends, 1, 0),
+  iif(sends, json_extract(value, '$.version'), NULL), iif(sends, json_extract(value, '$.due_at'), json_extract(value, '$.created_at')), json_extract(value, '$.deadline_at'), :nonce,
   json_extract(value, '$.created_at'), json_extract(value, '$.updated_at'),
   json_extract(value, '$.idempotency_key'), json_extract(value, '$.idempotency_n'), json_extract(value, '$.request_hash'),
   json_extract(value, '$.metadata'), json_extract(value, '$.priority'), json_extract(value, '$.deadline'),
   json_extract(value, '$.pictures'), json_extract(value, '$.callback_url')
-FROM json_each(:rows)
+FROM (
+  SELECT
+    value,
+    json_extract(value, '$.step') = 'submitting' AND key + {at_runpod} < CAST(:max_running AS INTEGER) AND NOT EXISTS (
+      SELECT 1
+      FROM endpoint_faults AS fault
+      WHERE fault.endpoint_id = json_extract(value, '$.endpoint_id') AND fault.paused_until IS NOT NULL
+    ) AS sends
+  FROM json_each(:rows)
+)
 WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE idempotency_key = :idempotency_key)
   AND NOT EXISTS (
     SELECT 1
@@ -82,8 +121,8 @@ SELECT key FROM uploads WHERE key IN (SELECT value FROM json_each(:uploads)) AND
 
 
 -- name: select_created
--- The rows of this create, or those that an earlier one has made under the same key, in their order.
-SELECT id, idempotency_n, request_hash
+-- The rows of this create, or those that an earlier one has made under the same key, in their order; the first with their step.
+SELECT id, idempotency_n, request_hash, iif(claimer = :nonce, step, NULL) AS step
 FROM jobs
 WHERE id IN (SELECT value FROM json_each(:ids)) OR idempotency_key = :idempotency_key
 ORDER BY idempotency_n
@@ -175,38 +214,62 @@ SET status = 'cancelled', step = NULL, version = version + 1, claimer = NULL, fi
 WHERE status IN ('queued', 'running') AND cancel_at IS NOT NULL AND step = 'submit'
 
 
+-- name: claim_probes
+-- One job for each endpoint whose pause is over, to see whether it works again. By its id, so by chance: should the oldest ones be
+-- those that fail, others are tried too.
+UPDATE jobs
+SET {intent}
+WHERE id IN (
+  SELECT (
+    SELECT jobs.id
+    FROM jobs
+    WHERE jobs.status IN ('queued', 'running') AND jobs.step = 'submit' AND jobs.due_at <= :now AND {endpoint} = over.endpoint_id
+    ORDER BY jobs.id
+    LIMIT 1
+  )
+  FROM (SELECT endpoint_id FROM endpoint_faults GROUP BY endpoint_id HAVING max(paused_until) <= :now) AS over
+) AND {at_runpod} < CAST(:max_running AS INTEGER)
+
+
+-- name: mark_probes
+-- What comes of it is waited for, but not for ever.
+UPDATE endpoint_faults
+SET probing = 1, paused_until = json_extract(:probes_until, '$.' || kind)
+WHERE paused_until IS NOT NULL AND endpoint_id IN (
+  SELECT endpoint_id FROM jobs WHERE claimer = :nonce AND status IN ('queued', 'running') AND step = 'submitting' AND intent_version = version
+)
+
+
 -- name: claim_submits
--- claim: submit -> submitting. The intent is on disk before any paid call; at most :limit rows and :bytes of input. A young
+-- At most :limit rows and :bytes of input, and so many that RunPod has no more runs than it may have; none for an endpoint that is
+-- paused. What is too late to be sent is claimed in any case, for whoever would send it ends it. A young
 -- job of low priority that has time is taken only while fewer than :low_ahead runs would wait for a worker.
 UPDATE jobs
-SET
-  step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
-  runpod_job_id = NULL, runpod_status = NULL, claimer = :nonce, due_at = :unknown_at, updated_at = :now,
-  endpoint_id = coalesce((SELECT own.value FROM json_each(:endpoints) AS own WHERE own.key = coalesce(jobs.model, 'qwen-image')), :endpoint_id),
-  deadline_at = coalesce(deadline_at, :deadline_at)
+SET {intent}
 WHERE id IN (
   SELECT id
   FROM (
     SELECT
-      id,
+      id, late,
       row_number() OVER oldest AS nth,
       sum(length(prompt) + coalesce(length(input), 0)) OVER oldest AS bytes
     FROM (
-      SELECT id, due_at, prompt, input
+      SELECT id, due_at, prompt, input, late
       FROM (
-        SELECT id, due_at, prompt, input
+        SELECT id, due_at, prompt, input, coalesce(deadline_at <= :now, false) AS late
         FROM jobs
         WHERE status IN ('queued', 'running') AND step = 'submit' AND due_at <= :now AND (priority <> 'low' OR created_at <= :low_since OR deadline <= CAST(:low_deadline AS INTEGER))
+          AND (deadline_at <= :now OR NOT ({is_paused}))
         ORDER BY due_at
         LIMIT CAST(:limit AS INTEGER)
       )
       UNION ALL
-      SELECT id, due_at, prompt, input
+      SELECT id, due_at, prompt, input, false AS late
       FROM (
         SELECT id, due_at, prompt, input
         FROM jobs
         WHERE status IN ('queued', 'running') AND step = 'submit' AND due_at <= :now AND priority = 'low' AND created_at > :low_since
-          AND coalesce(deadline > CAST(:low_deadline AS INTEGER), true)
+          AND coalesce(deadline > CAST(:low_deadline AS INTEGER), true) AND NOT ({is_paused})
         ORDER BY due_at
         LIMIT min(CAST(:limit AS INTEGER), max(0, CAST(:low_ahead AS INTEGER) - (
           SELECT count(*)
@@ -224,18 +287,14 @@ WHERE id IN (
     )
     WINDOW oldest AS (ORDER BY due_at, id)
   )
-  WHERE nth = 1 OR bytes <= CAST(:bytes AS INTEGER)
+  WHERE (nth = 1 OR bytes <= CAST(:bytes AS INTEGER)) AND (late OR nth + {at_runpod} <= CAST(:max_running AS INTEGER))
 )
 
 
 -- name: claim_one_submit
--- claim: submit -> submitting. One job by its id, or the oldest one where :id is NULL, whether it is due or not.
+-- One job by its id, or the oldest one where :id is NULL, whether it is due or not, and whether its endpoint is paused.
 UPDATE jobs
-SET
-  step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
-  runpod_job_id = NULL, runpod_status = NULL, claimer = :nonce, due_at = :unknown_at, updated_at = :now,
-  endpoint_id = coalesce((SELECT own.value FROM json_each(:endpoints) AS own WHERE own.key = coalesce(jobs.model, 'qwen-image')), :endpoint_id),
-  deadline_at = coalesce(deadline_at, :deadline_at)
+SET {intent}
 WHERE id = coalesce(:id, (
     SELECT id FROM jobs WHERE status = 'queued' AND step = 'submit' AND cancel_at IS NULL ORDER BY created_at, id LIMIT 1
   ))
@@ -308,6 +367,43 @@ LIMIT 1
 -- name: select_live
 -- Whether there is anything to do, now or later.
 SELECT 1 AS live FROM jobs INDEXED BY jobs_due WHERE status IN ('queued', 'running') AND step IN ('submit', 'submitting', 'poll', 'store') LIMIT 1
+
+
+-- name: measure
+-- How much there is of everything that is not done, and since when, in seconds. A job that a user has retried waits since then.
+SELECT
+  count(*) FILTER (WHERE step IN ('submit', 'submitting')) AS queued,
+  (julianday(:now) - julianday(min(CASE WHEN step IN ('submit', 'submitting') THEN
+    CASE WHEN attempt_base = 0 THEN created_at ELSE (
+      SELECT max(line.at) FROM job_events AS line WHERE line.job_id = jobs.id AND line.event = 'retried'
+    ) END
+  END))) * 86400 AS oldest_queued,
+  count(*) FILTER (WHERE step = 'poll') AS running,
+  (julianday(:now) - julianday(min(CASE WHEN step = 'poll' THEN submitted_at END))) * 86400 AS oldest_running,
+  (julianday(:now) - julianday(min(CASE WHEN step = 'poll' AND runpod_status = 'IN_QUEUE' THEN submitted_at END))) * 86400 AS oldest_without_worker,
+  count(*) FILTER (WHERE step = 'store') AS storing,
+  (julianday(:now) - julianday(min(CASE WHEN step = 'store' THEN completed_at END))) * 86400 AS oldest_storing,
+  (SELECT count(*) FROM (SELECT 1 FROM jobs AS dead WHERE dead.dead_at IS NOT NULL LIMIT 1000)) AS dead_letters,
+  (SELECT count(DISTINCT endpoint_id) FROM endpoint_faults WHERE paused_until IS NOT NULL) AS paused_endpoints
+FROM jobs INDEXED BY jobs_due
+WHERE status IN ('queued', 'running') AND step IN ('submit', 'submitting', 'poll', 'store')
+
+
+-- name: measure_spool
+-- The files that wait in the spool.
+SELECT count(*) AS files, sum(json_extract(file.value, '$.bytes')) AS bytes
+FROM jobs INDEXED BY jobs_due, json_each(jobs.outputs) AS file
+WHERE status IN ('queued', 'running') AND step = 'store' AND json_extract(file.value, '$.spooled')
+
+
+-- name: measure_waiting
+-- The endpoints at which runs wait for a worker, and for how many seconds the first of them does.
+SELECT endpoint_id, (julianday(:now) - julianday(min(submitted_at))) * 86400 AS seconds
+FROM jobs INDEXED BY jobs_due
+WHERE status IN ('queued', 'running') AND step = 'poll' AND runpod_status = 'IN_QUEUE'
+GROUP BY endpoint_id
+ORDER BY seconds DESC
+LIMIT 10
 
 
 -- name: select_claimed
@@ -598,6 +694,37 @@ WHERE id IN (SELECT json_extract(value, '$.id') FROM json_each(:guarded)) AND wr
 ON CONFLICT DO NOTHING
 
 
+-- name: forget_faults
+-- These endpoints work; those of them that were paused come back, to be logged.
+DELETE FROM endpoint_faults
+WHERE (endpoint_id, kind) IN (SELECT json_extract(value, '$.endpoint_id'), json_extract(value, '$.kind') FROM json_each(:worked))
+RETURNING endpoint_id, NULL AS paused_until, code, sentence, paused_until IS NOT NULL AS is_news
+
+
+-- name: count_faults
+-- And these do not. From so many on they are paused; again and for longer, where a job has tried one in vain. What else still fails
+-- there was sent before, and is only counted.
+INSERT INTO endpoint_faults (endpoint_id, kind, failures, pauses, paused_until, code, sentence, since, writer)
+SELECT
+  json_extract(value, '$.endpoint_id'), json_extract(value, '$.kind'), json_extract(value, '$.failures'),
+  json_extract(value, '$.failures') >= json_extract(:most, '$.' || json_extract(value, '$.kind')),
+  iif(json_extract(value, '$.failures') >= json_extract(:most, '$.' || json_extract(value, '$.kind')), json_extract(:pauses, '$[0]'), NULL),
+  json_extract(value, '$.code'), json_extract(value, '$.sentence'), :now, :nonce
+FROM json_each(:faults)
+WHERE true
+ON CONFLICT DO UPDATE SET
+  failures = failures + excluded.failures,
+  paused_until = CASE
+    WHEN probing OR (paused_until IS NULL AND failures + excluded.failures >= json_extract(:most, '$.' || kind))
+    THEN json_extract(:pauses, '$[' || min(pauses, json_array_length(:pauses) - 1) || ']')
+    ELSE paused_until
+  END,
+  pauses = pauses + (probing OR (paused_until IS NULL AND failures + excluded.failures >= json_extract(:most, '$.' || kind))),
+  probing = 0, code = excluded.code, sentence = excluded.sentence, writer = :nonce
+WHERE endpoint_faults.writer IS NOT :nonce
+RETURNING endpoint_id, paused_until, code, sentence, paused_until IN (SELECT value FROM json_each(:pauses)) AS is_news
+
+
 -- name: select_winners
 -- The rows whose last write was this batch.
 SELECT jobs.id, jobs.version
@@ -606,8 +733,9 @@ JOIN jobs ON jobs.id = json_extract(line.value, '$.id')
 WHERE jobs.writer = :nonce AND jobs.version = coalesce(json_extract(line.value, '$.version'), jobs.version)
 
 
--- part: ahead
--- How many jobs are before this one in our queue, as far as it is worth counting.
+-- part: waits
+-- What is known of a job in our queue: how many are before it, as far as it is worth counting; how its endpoint is paused; and
+-- whether RunPod has as many runs as it may have.
 CASE WHEN step = 'submit' AND status IN ('queued', 'running') THEN (
   SELECT count(*)
   FROM (
@@ -616,7 +744,14 @@ CASE WHEN step = 'submit' AND status IN ('queued', 'running') THEN (
     WHERE other.step = 'submit' AND other.status IN ('queued', 'running') AND (other.due_at, other.id) < (jobs.due_at, jobs.id)
     LIMIT 200
   )
-) END AS ahead
+) END AS ahead,
+CASE WHEN step = 'submit' AND status IN ('queued', 'running') THEN (
+  SELECT json_object('until', max(fault.paused_until), 'failures', fault.failures, 'kind', fault.kind, 'sentence', fault.sentence)
+  FROM endpoint_faults AS fault
+  WHERE fault.endpoint_id = jobs.endpoint_id
+  HAVING max(fault.paused_until) IS NOT NULL
+) END AS paused,
+CASE WHEN step = 'submit' AND status IN ('queued', 'running') THEN {at_runpod} >= CAST(:max_running AS INTEGER) END AS held
 
 
 -- name: select_job
@@ -626,7 +761,7 @@ SELECT * FROM jobs WHERE id = :id
 
 -- name: select_seen_job
 -- One job as it is shown.
-SELECT *, {ahead} FROM jobs WHERE id = :id
+SELECT *, {waits} FROM jobs WHERE id = :id
 
 
 -- name: select_jobs
@@ -635,7 +770,7 @@ SELECT
   id, runpod_job_id, status, step, prompt, model, result_r2_key, result_url, finished_at, error_message, error_code, created_at, updated_at,
   version, attempt, failures, holds, attempt_base, due_at, endpoint_id, runpod_status, outputs, links, warnings, dead_at, cancel_at,
   submitted_at, started_at, completed_at, result_until, deadline_at, queue_ms, execution_ms, metadata, priority, deadline, deleted_at,
-  pictures, callback_url, cost, wasted, uncosted, progress, {ahead}
+  pictures, callback_url, cost, wasted, uncosted, progress, {waits}
 FROM jobs
 WHERE id IN (SELECT value FROM json_each(:ids))
 
@@ -730,7 +865,7 @@ SELECT
   id, runpod_job_id, status, step, prompt, model, result_r2_key, result_url, finished_at, error_message, error_code, created_at, updated_at,
   version, attempt, failures, due_at, runpod_status, outputs, dead_at, cancel_at, submitted_at, started_at, completed_at, result_until,
   deadline_at, queue_ms, execution_ms, metadata, priority, deadline, deleted_at,
-  endpoint_id, pictures, callback_url, cost, wasted, uncosted, progress, {ahead}
+  endpoint_id, pictures, callback_url, cost, wasted, uncosted, progress, {waits}
 FROM jobs
 WHERE id IN ({matching})
 ORDER BY +created_at DESC, id DESC

@@ -119,9 +119,10 @@ class Recent:
 class Reads:
     """Each answer is one D1 call of at most `timeout` seconds, and raises what D1.query raises."""
 
-    def __init__(self, *, d1: D1, clock: Clock) -> None:
+    def __init__(self, *, d1: D1, clock: Clock, max_running: int) -> None:
         self._d1 = d1
         self._clock = clock
+        self._max_running = max_running
         self._recent = Recent(clock)
         self._asked: dict[str, float] = {}
         self._together = threading.Lock()
@@ -156,7 +157,7 @@ class Reads:
     def job_with_timeline_now(self, job_id: str, *, timeout: float) -> tuple[Job | None, list[Row]]:
         """The same, though it was read a moment ago."""
         names = ["select_seen_job", "select_timeline"]
-        rows, timeline = self._d1.query([bind(name, {"id": job_id}) for name in names], timeout=timeout)
+        rows, timeline = self._query([(name, {"id": job_id}) for name in names], timeout)
         return (Job.from_row(rows[0]) if rows else None), timeline[::-1]
 
     def page(self, wanted: Filter, *, limit: int, after: Cursor, counts: bool, timeout: float) -> Page:
@@ -165,10 +166,10 @@ class Reads:
         return self._recent.get(key, lambda: self._read_page(wanted, limit, after, counts, timeout))
 
     def _read_page(self, wanted: Filter, limit: int, after: Cursor, counts: bool, timeout: float) -> Page:
-        statements = [bind("list_jobs", _values(wanted, limit=limit, after=after))]
+        asked = [("list_jobs", _values(wanted, limit=limit, after=after))]
         if counts:
-            statements.append(bind("count_jobs", _values_to_count(wanted)))
-        rows, *counted = self._d1.query(statements, timeout=timeout)
+            asked.append(("count_jobs", _values_to_count(wanted)))
+        rows, *counted = self._query(asked, timeout)
         return Page(jobs=[Job.from_row(row) for row in rows], counts=_counts(counted[0]) if counted else None)
 
     def find(self, wanted: Filter, *, limit: int, after: Cursor, timeout: float) -> list[Cursor]:
@@ -184,7 +185,11 @@ class Reads:
         return [Job.from_row(row) for row in self._run("list_dead_letters", values, timeout)]
 
     def _run(self, name: str, values: dict[str, Any], timeout: float) -> list[Row]:
-        return self._d1.query([bind(name, values)], timeout=timeout)[0]
+        return self._query([(name, values)], timeout)[0]
+
+    def _query(self, asked: list[tuple[str, dict[str, Any]]], timeout: float) -> list[list[Row]]:
+        statements = [bind(name, {**values, "max_running": self._max_running}) for name, values in asked]
+        return self._d1.query(statements, timeout=timeout)
 
 
 def _values(wanted: Filter, *, limit: int, after: Cursor) -> dict[str, Any]:

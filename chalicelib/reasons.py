@@ -1,5 +1,6 @@
 """Why a job is not done yet, in a word for machines and a sentence for people."""
 
+import json
 import threading
 from dataclasses import field
 from datetime import datetime, timedelta
@@ -93,6 +94,8 @@ def _reason(code: str, sentence: str, *, place: int | None = None, until: str | 
 
 
 def _in_our_queue(job: Job, now: datetime) -> Reason:
+    if job.paused:
+        return _paused(json.loads(job.paused), now)
     if job.failures and job.due_at > to_text(now):
         return _reason(
             "backoff",
@@ -100,10 +103,26 @@ def _in_our_queue(job: Job, now: datetime) -> Reason:
             until=job.due_at,
         )
     place = None if job.ahead is None else job.ahead + 1
+    if job.held:
+        return _reason(
+            "max_running", "RunPod has as many runs as it may have at once; it is sent when one has ended.", place=place
+        )
     if job.priority == LOW:
         return _reason("low_priority", "It is of low priority, and sent when few runs wait at RunPod.", place=place)
     before = "" if place is None else f", {_ahead(place - 1)} before it"
     return _reason("our_queue", f"It is in our queue{before}; it is sent with one of the next rounds.", place=place)
+
+
+def _paused(fault: dict[str, Any], now: datetime) -> Reason:
+    what = "It has taken none of the last runs" if fault["kind"] == "call" else "Its last runs have all failed"
+    before = fault["until"] > to_text(now)
+    then = "then one job tries it" if before else "one job tries it now"
+    return _reason(
+        "endpoint_errors",
+        f"The endpoint answers only errors, so nothing is sent there for a while; {then}. {what}, {fault['failures']} "
+        f"in a row. {fault['sentence']}",
+        until=fault["until"] if before else None,
+    )
 
 
 def _ahead(number: int) -> str:

@@ -168,6 +168,12 @@ class Settings:
     total_deadline: int = _setting(
         "Seconds within which a job must have been drawn, all waiting and attempts included", _deadline, default="86400"
     )
+    max_running: int = _setting(
+        "Runs that RunPod may have at once, waiting or drawing; further jobs wait in our queue, where a cancel costs "
+        "nothing",
+        _count,
+        default="10000",
+    )
     max_queued: int = _setting(
         "Jobs that may be unfinished at once, queued or running; a create beyond that is refused with 429",
         _count,

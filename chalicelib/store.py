@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
-from chalicelib import log
+from chalicelib import breaker, log
 from chalicelib.d1 import D1, Row, Statement
 from chalicelib.jobs import Change, Job, State, to_text
 from chalicelib.models import Models
@@ -20,7 +20,7 @@ from chalicelib.records import dataclass
 IN_THE_NEXT_ROUND = 12
 POLL_AGAIN_WITH_WEBHOOKS = (IN_THE_NEXT_ROUND, IN_THE_NEXT_ROUND, 27, 42, 57)
 POLL_AGAIN = (IN_THE_NEXT_ROUND,)
-SCHEMA_CHANGE = 5  # the last of the numbered changes to the schema that the queries need
+SCHEMA_CHANGE = 6  # the last of the numbered changes to the schema that the queries need
 LOW_AHEAD = 8  # runs that wait for a worker, from which on jobs of low priority wait here
 LOW_WAIT = timedelta(minutes=10)  # for which they do; then they are like any other
 LINE = {"job_id", "event", "attempt"}  # of a timeline, as it comes back from what has written it
@@ -84,6 +84,7 @@ class Store:
         submit_unknown_wait: float,
         total_deadline: float,
         max_queued: int,
+        max_running: int,
         has_webhooks: bool,
     ) -> None:
         self._d1 = d1
@@ -92,6 +93,7 @@ class Store:
         self._unknown_wait = timedelta(seconds=submit_unknown_wait)
         self._total_deadline = total_deadline
         self.max_queued = max_queued
+        self._max_running = max_running
         self._poll_again = POLL_AGAIN_WITH_WEBHOOKS if has_webhooks else POLL_AGAIN
 
     def _run(self, names: list[str], values: dict[str, Any], *, timeout: float) -> list[list[Row]]:
@@ -99,8 +101,11 @@ class Store:
 
     def _query(self, statements: list[Statement], timeout: float) -> list[list[Row]]:
         found = self._d1.query(statements, timeout=timeout)
-        for row in (row for rows in found for row in rows if LINE <= row.keys()):
-            log.happened(row["event"], row["job_id"], attempt=row["attempt"])
+        for row in (row for rows in found for row in rows):
+            if LINE <= row.keys():
+                log.happened(row["event"], row["job_id"], attempt=row["attempt"])
+            elif row.get("is_news"):
+                log.endpoint(row["endpoint_id"], row["code"], row["sentence"], until=row["paused_until"])
         return found
 
     def calls_left(self) -> int | None:
@@ -115,7 +120,6 @@ class Store:
             step=State.SUBMITTING,
             attempt=1,
             intent_version=job.version,
-            endpoint_id=self._models.get(job.model).endpoint or self._endpoint_id,
             due_at=intent["unknown_at"],
         )
 
@@ -123,9 +127,9 @@ class Store:
         """
         Insert all of the jobs, or none; a repeat after a lost answer does nothing more.
 
-        Returns what is there by then, with id and request_hash: the jobs, or those that were made under the same
-        idempotency key before; nothing, where the queue has no room for them or a picture of theirs is gone. Second
-        come the keys of such pictures.
+        Returns what is there by then, with id and request_hash: the jobs, of which those are at `submitting` that may
+        be sent at once, or those that were made under the same idempotency key before; nothing, where the queue has no
+        room for them or a picture of theirs is gone. Second come the keys of such pictures.
         """
         uploads = {picture["key"] for job in jobs for picture in job.own_pictures}
         values = {
@@ -133,6 +137,7 @@ class Store:
             "ids": json.dumps([job.id for job in jobs]),
             "idempotency_key": jobs[0].idempotency_key,
             "max_queued": self.max_queued,
+            "max_running": self._max_running,
             "by": by,
             "nonce": nonce,
             "uploads": json.dumps(sorted(uploads)),
@@ -143,7 +148,7 @@ class Store:
 
     def made_under(self, key: str, *, timeout: float) -> list[Job]:
         """The jobs that were made under an idempotency key, with id and request_hash, in their order."""
-        (rows,) = self._run(["select_created"], {"ids": "[]", "idempotency_key": key}, timeout=timeout)
+        (rows,) = self._run(["select_created"], {"ids": "[]", "idempotency_key": key, "nonce": None}, timeout=timeout)
         return [Job.from_row(row) for row in rows]
 
     def claim(
@@ -165,6 +170,7 @@ class Store:
             "low_since": to_text(now - LOW_WAIT),
             "low_ahead": LOW_AHEAD,
             "low_deadline": 2 * LOW_WAIT.total_seconds(),
+            "probes_until": breaker.probes_until(now),
             **self._intent(now),
         }
         names = [
@@ -180,7 +186,7 @@ class Store:
         for name, limit in (
             ("claim_stores", limits.stores),
             ("claim_polls", limits.polls),
-            ("claim_submits", limits.submits),
+            *((name, limits.submits) for name in ("claim_probes", "mark_probes", "claim_submits") if limits.submits),
         ):
             statements.append(bind(name, {**values, "limit": limit, "bytes": limits.submit_bytes, "suspect": SUSPECT}))
         for name in ("log_claimed_submits", "select_claimed", "select_suspect", "select_live"):
@@ -234,9 +240,14 @@ class Store:
         return {
             "endpoint_id": self._endpoint_id,
             "endpoints": json.dumps(self._models.endpoints),
+            "max_running": self._max_running,
             "unknown_at": to_text(now + self._unknown_wait),
             "deadline_at": self.deadline_at(now),
         }
+
+    def endpoint_of(self, model: str) -> str:
+        """Where a job of this model is sent now; a claim decides it anew."""
+        return self._models.get(model).endpoint or self._endpoint_id
 
     def deadline_at(self, now: datetime, *, model: str = "", deadline: int | None = None) -> str:
         """By when a job must have been drawn that begins now: by its own deadline in seconds, or its model's."""
@@ -273,6 +284,7 @@ class Store:
             "by": by,
             "nonce": nonce,
             "now": to_text(now),
+            "max_running": self._max_running,
         }
         *_, rows, gone = self._run(
             ["mark_deleted", "log_marked", "select_jobs", "select_deleted"], values, timeout=timeout
@@ -313,19 +325,17 @@ class Store:
             "lines": json.dumps(lines, ensure_ascii=False),
             "further": _rows(further, FURTHER),
         }
-        winners = self._run(
-            [
-                "record_progress",
-                "record_accepted",
-                "save_changes",
-                "reopen",
-                "log_saved",
-                "tell_of_saved",
-                "select_winners",
-            ],
-            values,
-            timeout=timeout,
-        )[-1]
+        names = ["record_progress", "record_accepted", "save_changes", "reopen", "log_saved", "tell_of_saved"]
+        worked, faults = breaker.judge(changes)
+        if worked or faults:
+            values |= {
+                "worked": json.dumps(worked),
+                "faults": json.dumps(faults, ensure_ascii=False),
+                "most": json.dumps(breaker.MOST),
+                "pauses": breaker.pauses_from(now),
+            }
+            names += ["forget_faults", "count_faults"]
+        *_, winners = self._run([*names, "select_winners"], values, timeout=timeout)
         return {row["id"]: row["version"] for row in winners}
 
     def recorded_runs(self, job_ids: list[str], *, timeout: float) -> dict[str, Job]:
@@ -361,7 +371,7 @@ class Store:
 NEVER_SAVED = (
     "prompt", "input", "model", "metadata", "priority", "deadline", "idempotency_key", "idempotency_n", "request_hash",
     "endpoint_id", "created_at", "updated_at", "deleted_at", "pictures", "callback_url",
-    "ahead",
+    "ahead", "paused", "held",
 )  # fmt: skip
 SAVED = tuple(column.name for column in fields(Job) if column.name not in NEVER_SAVED)
 

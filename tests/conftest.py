@@ -63,7 +63,7 @@ NOT_RUN = "NOT RUN:"
 # Every field that a line of the log may have beside metrics; README says what each is.
 FIELDS = (
     "at", "level", "message", "request_id", "caller", "method", "route", "status", "job_id", "attempt", "runpod_job_id",
-    "endpoint_id", "step_from", "step_to", "ms", "code", "reason", "service", "exception", "event", "outcome",
+    "endpoint_id", "step_from", "step_to", "ms", "code", "reason", "service", "until", "exception", "event", "outcome",
     "checked", "submitted", "updated", "_aws", "Service", "Code",
 )  # fmt: skip
 # What no line may hold: signatures, keys, and the prompt of most tests.

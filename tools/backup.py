@@ -37,6 +37,7 @@ BATCH_ROWS = 500
 PROGRESS_ROWS = 10_000
 CALLS_FOR_OTHERS = 600  # of Cloudflare's 1,200 in five minutes, which the service shares
 PAUSE = 5.0  # seconds
+NOT_EXPORTED = ("schema_changes", "endpoint_faults")
 
 # A value as text, its type before it: numbers in D1's own answers are JavaScript's, which rounds and knows no 1.0.
 TYPED = (
@@ -88,10 +89,10 @@ def _names(columns: tuple[str, ...]) -> str:
 
 def tables(d1: D1) -> list[Table]:
     """
-    Those tables of schema.sql that the database has, but for the record of changes; `jobs` last, so that of a job that
-    goes on meanwhile a line of the timeline may be missing rather than one too many be there.
+    Those tables of schema.sql that the database has, but for what is of this database and moment alone; `jobs` last, so
+    that of a job that goes on meanwhile a line of the timeline may be missing rather than one too many be there.
     """
-    names = sorted((name for name in schema.tables() if name != "schema_changes"), key="jobs".__eq__)
+    names = sorted((name for name in schema.tables() if name not in NOT_EXPORTED), key="jobs".__eq__)
     asked = [Statement(f"SELECT name, pk FROM pragma_table_info('{name}')") for name in names]
     found = []
     for name, columns in zip(names, d1.query(asked, timeout=TIMEOUT), strict=True):

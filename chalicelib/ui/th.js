@@ -177,6 +177,8 @@ export const words = {
   "Look at the timeline, then retry.": "ดูลำดับเหตุการณ์ แล้วกด “วาดใหม่”",
 
   "waiting:our_queue": "อยู่ในคิวของเรา ลำดับที่ {place}",
+  "waiting:endpoint_errors": "endpoint ตอบแต่ข้อผิดพลาด จึงหยุดส่งไว้ก่อน แล้วจะลองส่งหนึ่งงาน",
+  "waiting:max_running": "มีงานอยู่ที่ RunPod เต็มจำนวนแล้ว จะส่งเมื่อมีงานหนึ่งเสร็จ",
   "waiting:low_priority": "งานความสำคัญต่ำ ส่งเมื่อคิวที่ RunPod สั้น",
   "waiting:backoff": "RunPod ยังไม่รับ จะส่งใหม่หลังรอสักครู่",
   "waiting:sending": "กำลังส่งไปที่ RunPod",

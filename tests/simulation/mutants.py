@@ -28,12 +28,8 @@ class Mutant:
     new: str
 
 
-CLAIM_SUBMITS = """  step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
-  runpod_job_id = NULL, runpod_status = NULL, claimer = :nonce, due_at = :unknown_at, updated_at = :now,
-  endpoint_id = coalesce((SELECT own.value FROM json_each(:endpoints) AS own\
- WHERE own.key = coalesce(jobs.model, 'qwen-image')), :endpoint_id),
-  deadline_at = coalesce(deadline_at, :deadline_at)
-WHERE id IN ("""
+INTENT = """step = 'submitting', version = version + 1, intent_version = version + 1, attempt = attempt + 1,
+runpod_job_id = NULL,"""
 
 GUARDS = """  AND jobs.version = json_extract(row.value, '$.version')
   -- The + keeps SQLite from going through every live row by the index of their status.
@@ -105,15 +101,15 @@ MUTANTS = [
     Mutant(
         "paid call before the intent is written",
         "pipeline.py",
-        "        to_send = [job for job in made if job.state is State.SUBMITTING]\n",
-        "        to_send = [job for job in made if job.state is State.SUBMITTING]\n"
-        "        self._send_all(to_send, deadline)\n",
+        "        claimed = [job for job in made if job.state is State.SUBMITTING]\n",
+        "        claimed = [job for job in made if job.state is State.SUBMITTING]\n"
+        "        self._send_all(claimed, deadline)\n",
     ),
     Mutant(
         "intent without an attempt",
         "queries.sql",
-        CLAIM_SUBMITS,
-        CLAIM_SUBMITS.replace(" attempt = attempt + 1,", ""),
+        INTENT,
+        INTENT.replace(" attempt = attempt + 1,", ""),
     ),
     Mutant(
         "a new nonce for every try of a save",
@@ -342,8 +338,8 @@ MUTANTS = [
     Mutant(
         "an end is saved and not told",
         "store.py",
-        '                "tell_of_saved",\n',
-        "",
+        '"log_saved", "tell_of_saved"]',
+        '"log_saved"]',
     ),
     Mutant(
         "a cancel is not told",

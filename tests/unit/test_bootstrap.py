@@ -24,8 +24,8 @@ SERVE = (
     "metrics", "models", "page", "parameters", "records", "runtime", "settings",
 )  # fmt: skip
 SEND = (
-    "connection", "d1", "deadlines", "moves", "pace", "pipeline", "queries", "retry", "room", "rounds", "runpod",
-    "saver", "steps", "store", "webhooks", "wire",
+    "breaker", "connection", "d1", "deadlines", "moves", "pace", "pipeline", "queries", "retry", "room", "rounds",
+    "runpod", "saver", "steps", "store", "webhooks", "wire",
 )  # fmt: skip
 TELL = ("attempts", "content", "courier", "fetch", "outbox", "r2", "reasons", "views")
 # Of each entry: the modules of the service that it needs, and the packages beside Chalice.

@@ -17,7 +17,7 @@ LAYERS = [
     {"settings", "credentials"},
     {"advice", "catalogue"},
     {"wire", "jobs", "content"},
-    {"media", "deadlines", "moves"},
+    {"media", "deadlines", "moves", "breaker"},
     {"names"},
     {"d1", "runpod", "fetch", "r2", "outputs", "log"},
     {"queries", "attempts", "spool", "progress"},

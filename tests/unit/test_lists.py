@@ -332,7 +332,7 @@ def test_no_filter_reads_a_table_of_a_hundred_thousand_rows(large, query, wanted
     if query == "count_jobs":
         values = reads._values_to_count(wanted)
     else:
-        values = reads._values(wanted, limit=51, after=NEWEST)
+        values = {**reads._values(wanted, limit=51, after=NEWEST), "max_running": 10_000}
 
     plan = [row[3] for row in large.execute(f"EXPLAIN QUERY PLAN {QUERIES[query][0]}", [None] * len(QUERIES[query][1]))]
     assert not [line for line in plan if line.startswith(("SCAN jobs", "SCAN found", "SCAN job_metadata", "SCAN meta"))]

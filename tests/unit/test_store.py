@@ -25,6 +25,7 @@ def store(d1):
         submit_unknown_wait=600,
         total_deadline=86_400,
         max_queued=10_000,
+        max_running=10_000,
         has_webhooks=False,
     )
 

@@ -1,0 +1,302 @@
+"""An endpoint that answers only errors is paused, and its jobs say why they wait; RunPod has so many runs at once."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from chalicelib import breaker, jobs, moves
+from chalicelib.d1 import Statement
+from chalicelib.errors import PermanentError, TransientError
+from chalicelib.jobs import State
+from tests.conftest import call
+
+RUN = r"POST .*/run$"
+DENIED = (401, {"error": "Unauthorized"})
+FAILED = {"status": "FAILED"}
+OTHER = "other-endpoint"
+
+
+@pytest.fixture
+def endpoints():
+    return (OTHER,)
+
+
+@pytest.fixture
+def d1_engine(each_d1_engine):
+    return each_d1_engine
+
+
+def sent(cloud):
+    return len(cloud.runpod.inputs())
+
+
+def minutes(bench, number):
+    """Rounds, as the schedule makes them."""
+    for _ in range(number * 4):
+        bench.round()
+
+
+def faults_in(table):
+    return {(row["endpoint_id"], row["kind"]): row for row in table("SELECT * FROM endpoint_faults")}
+
+
+def why(bench, job_id):
+    bench.service.reads.forget()
+    job, _ = bench.service.reads.job_with_timeline(job_id, timeout=5.0)
+    return bench.service.views.job(job)["waiting"]
+
+
+def refuse_calls(bench, number, answer=DENIED):
+    """Jobs whose calls fail, so that the endpoint is paused from the fifth on."""
+    bench.faults.add(RUN, answer, times=number)
+    return [bench.create(f"cat {n}") for n in range(number)]
+
+
+# When an endpoint is paused
+
+
+def test_after_five_calls_that_failed_in_a_row_nothing_is_sent(bench, table, lines):
+    refuse_calls(bench, 4)
+    assert faults_in(table)[("local-endpoint", "call")]["paused_until"] is None
+    refuse_calls(bench, 1)
+    asked = len(bench.cloud.runpod.inputs()), bench.cloud.calls["runpod"]
+
+    waiting = bench.create("later")
+    bench.round()
+
+    assert (sent(bench.cloud), bench.cloud.calls["runpod"]) == asked
+    assert bench.job(waiting).state is State.SUBMIT
+    assert bench.job(waiting).attempt == 0
+    (line,) = [line for line in lines() if line["message"] == "endpoint_errors"]
+    assert (line["endpoint_id"], line["code"], line["level"]) == ("local-endpoint", "runpod_unauthorized", "warning")
+
+
+def test_a_paused_endpoints_job_says_why_it_waits_and_until_when(bench):
+    refuse_calls(bench, 5)
+    waiting = bench.create("later")
+
+    reason = why(bench, waiting)
+    assert (reason["code"], reason["until"]) == ("endpoint_errors", "2026-02-01T00:00:00.000Z")
+    assert "taken none of the last runs, 5 in a row. RunPod refused the key" in reason["sentence"]
+    assert "check RUNPOD_API_KEY" in reason["sentence"]
+
+
+def test_one_job_tries_it_after_the_pause_and_all_follow_when_it_works(bench, table, lines):
+    refuse_calls(bench, 5)
+    for n in range(6):
+        bench.create(f"later {n}")
+    bench.round(after=45)
+    assert sent(bench.cloud) == 0
+
+    bench.round(after=16)
+    assert sent(bench.cloud) == 1
+    assert faults_in(table) == {}
+    assert [line["endpoint_id"] for line in lines() if line["message"] == "endpoint_works"] == ["local-endpoint"]
+
+    minutes(bench, 2)
+    assert sent(bench.cloud) == 11
+    assert {job.status for job in bench.jobs()} == {"done"}
+
+
+def test_while_one_tries_it_the_others_wait(bench, table):
+    refuse_calls(bench, 5)
+    bench.create("later")
+    bench.faults.add(RUN, TimeoutError(), times=1)  # whether it was taken nobody knows
+
+    bench.round(after=61)
+    (fault,) = faults_in(table).values()
+    assert (fault["failures"], fault["pauses"], fault["probing"]) == (6, 2, 0)
+    assert jobs.from_text(fault["paused_until"]).minute == 2  # two minutes after
+    bench.round()
+    assert sent(bench.cloud) == 0
+
+
+def left(bench):
+    """How many more of the faults there are."""
+    return bench.faults._rules[-1]["times"]
+
+
+def test_the_pauses_grow_to_ten_minutes(bench, table):
+    refuse_calls(bench, 5)
+    bench.faults.add(RUN, DENIED, times=99)
+    tried = []
+    for _ in range(4 * 60):
+        before = left(bench)
+        bench.round()
+        if left(bench) < before:
+            tried.append(bench.clock.at)
+
+    gaps = [round((after - before).total_seconds() / 60) for before, after in itertools.pairwise(tried)]
+    assert gaps[:5] == [2, 5, 10, 10, 10]
+
+
+def test_a_probe_of_which_nothing_is_heard_is_followed_by_another(bench, table):
+    refuse_calls(bench, 5)
+    bench.clock.advance(61)
+    (first,) = bench.claim("a")  # by somebody who ends without a word
+    assert bench.claim("b") == []
+    bench.clock.advance(61)
+    (second,) = bench.claim("c")
+
+    assert first.id != second.id
+    assert faults_in(table)[("local-endpoint", "call")]["probing"] == 1
+
+
+def test_lost_answers_count_for_each_may_be_a_paid_run(bench, table):
+    refuse_calls(bench, 5, answer=(502, "bad gateway"))
+
+    assert faults_in(table)[("local-endpoint", "call")]["code"] == "runpod_bad_answer"
+    assert [bench.job(bench.create()).state for _ in range(3)] == [State.SUBMIT] * 3
+
+
+@pytest.mark.parametrize("answer", [(429, ""), (400, {"detail": "bad input"})])
+def test_too_many_calls_and_refused_inputs_are_no_errors_of_the_endpoint(bench, table, answer):
+    refuse_calls(bench, 9, answer=answer)
+
+    assert faults_in(table) == {}
+
+
+def test_what_works_ends_the_count(bench, table):
+    refuse_calls(bench, 4)
+    bench.create()
+    assert faults_in(table) == {}
+    refuse_calls(bench, 4)
+
+    assert faults_in(table)[("local-endpoint", "call")]["paused_until"] is None
+
+
+def test_another_endpoint_goes_on(bench, table, monkeypatch):
+    refuse_calls(bench, 5)
+    monkeypatch.setitem(bench.service.models.known, "other", _with_endpoint(bench.service.models.get("x"), OTHER))
+    job = bench.service.pipeline.new_job(prompt="p", model="other", payload=None)
+    bench.service.pipeline.create([job], bench.deadline(24.0), by="test")
+
+    assert bench.job(job.id).state is State.POLL
+    assert bench.job(bench.create()).state is State.SUBMIT
+
+
+def _with_endpoint(model, endpoint):
+    return replace(model, name="other", endpoint=endpoint)
+
+
+def test_ten_runs_that_failed_in_a_row_pause_it_too(bench, table):
+    ids = [bench.create(simulate=FAILED) for _ in range(9)]
+    bench.round()
+    assert faults_in(table)[("local-endpoint", "run")]["paused_until"] is None
+    ids += [bench.create(simulate=FAILED)]
+    bench.round()
+
+    waiting = bench.create()
+    assert {bench.job(job_id).error_code for job_id in ids} == {"worker_failed"}
+    assert bench.job(waiting).state is State.SUBMIT
+    assert "last runs have all failed, 10 in a row. See the error of job" in why(bench, waiting)["sentence"]
+    assert "simulated" not in why(bench, waiting)["sentence"]  # a worker's words may be of another's prompt
+
+
+def test_of_failing_and_good_jobs_the_good_ones_get_through(bench, table):
+    for _ in range(30):
+        bench.create(simulate=FAILED)
+    good = [bench.create() for _ in range(10)]
+    minutes(bench, 30)
+
+    assert {bench.job(job_id).status for job_id in good} == {"done"}
+    assert faults_in(table) == {}
+
+
+def test_by_hand_a_job_is_sent_all_the_same_and_mends_it(client, bench, table):
+    refuse_calls(bench, 5)
+    waiting = bench.create()
+
+    status, answer, _ = call(client, "POST", "/dev/runpod", {"jobId": waiting})
+    assert (status, answer["runpod"]["status"]) == (200, "IN_QUEUE")
+    assert faults_in(table) == {}
+
+
+def test_a_job_that_is_too_late_ends_though_its_endpoint_is_paused(bench):
+    bench.faults.add(RUN, DENIED, times=10_000)
+    ids = [bench.create() for _ in range(8)]
+    minutes(bench, 2)
+    bench.round(after=86_400)
+
+    assert {bench.job(job_id).error_code for job_id in ids} == {"total_deadline"}
+
+
+def test_a_save_that_is_repeated_counts_once(bench, table):
+    job = bench.job(bench.create())
+    error = PermanentError("worker_failed", "It failed.", service="runpod")
+    change = moves.fail(job, error, now=bench.clock.now())
+    for _ in range(2):
+        bench.service.store.save([change], nonce="n", now=bench.clock.now(), timeout=5.0)
+
+    assert faults_in(table)[("local-endpoint", "run")]["failures"] == 1
+
+
+def test_a_batch_in_which_something_works_counts_no_fault(bench):
+    job = bench.job(bench.create())
+    submitting = jobs.Job(**{**vars(job), "step": "submitting", "status": "queued"})
+    refused = TransientError("runpod_unauthorized", "No.", service="runpod")
+    lost = moves.give_back(submitting, refused, now=bench.clock.now(), rng=bench.service._rng)
+    taken = moves.accept(submitting, runpod_job_id="r", runpod_status="", now=bench.clock.now())
+
+    assert breaker.judge([lost, taken])[1] == []
+    assert [fault["failures"] for fault in breaker.judge([lost, lost])[1]] == [2]
+
+
+# How many runs RunPod has at once
+
+
+@pytest.fixture
+def two_at_once(environment, monkeypatch):
+    environment["MAX_RUNNING"] = "2"
+
+
+def test_no_more_runs_are_sent_than_may_be_there(two_at_once, bench):
+    ids = [bench.create() for _ in range(5)]
+
+    assert sent(bench.cloud) == 2
+    states = [bench.job(job_id).state for job_id in ids]
+    assert states == [State.POLL, State.POLL, State.SUBMIT, State.SUBMIT, State.SUBMIT]
+    reasons = [why(bench, job_id) for job_id in ids[2:]]
+    assert {reason["code"] for reason in reasons} == {"max_running"}
+    assert {reason["place"] for reason in reasons} == {1, 2, 3}
+    bench.round(after=1)  # none has ended
+    assert sent(bench.cloud) == 2
+
+
+def test_of_a_list_as_many_are_sent_at_once_as_may_be(two_at_once, bench):
+    made = [bench.service.pipeline.new_job(prompt=f"p{n}", model="m", payload=None) for n in range(5)]
+    bench.service.pipeline.create(made, bench.deadline(24.0), by="test")
+
+    assert sent(bench.cloud) == 2
+    assert sorted(bench.job(job.id).attempt for job in made) == [0, 0, 0, 1, 1]
+
+
+def test_those_that_wait_follow_as_others_end(two_at_once, bench):
+    for _ in range(7):
+        bench.create()
+    most = 0
+    for _ in range(12):
+        bench.round()
+        most = max(most, sum(job.state in (State.SUBMITTING, State.POLL) for job in bench.jobs()))
+
+    assert most == 2
+    assert {job.status for job in bench.jobs()} == {"done"}
+
+
+def test_a_probe_is_bounded_too(two_at_once, bench):
+    bench.create(simulate={"run_seconds": 600})
+    bench.create(simulate={"run_seconds": 600})
+    bench.service.store._d1.query([_paused("2026-01-31T23:00:00.000Z")], timeout=5.0)
+    bench.create()
+    bench.round()
+
+    assert sent(bench.cloud) == 2
+
+
+def _paused(until):
+    columns = "endpoint_id, kind, failures, paused_until, code, sentence, since"
+    return Statement(
+        f"INSERT INTO endpoint_faults ({columns}) VALUES (?1, 'call', 5, ?2, 'c', 's', 't')", ("local-endpoint", until)
+    )
+
