@@ -54,6 +54,18 @@ def test_with_a_latency_it_answers_as_late_as_the_real_ones(tmp_path, monkeypatc
     cloud.close()
 
 
+def test_nothing_is_said_of_callers_who_did_not_wait(cloud_server, capsys):
+    def end_by(error):
+        try:
+            raise error
+        except OSError:
+            cloud_server.handle_error(None, ("127.0.0.1", 1))
+        return capsys.readouterr().err
+
+    assert end_by(BrokenPipeError()) == ""
+    assert "disk is full" in end_by(OSError("the disk is full"))
+
+
 def test_r2_keeps_what_is_put_and_the_public_address_serves_it(settings):
     put(bucket(settings), "jobs/2026/01/é x/output.png", PNG)
 

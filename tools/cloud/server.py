@@ -1,7 +1,9 @@
 """Puts the local cloud behind one port of 127.0.0.1, and sends its webhooks."""
 
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -65,6 +67,11 @@ class CloudServer(ThreadingHTTPServer):
             if courier.ident is not None:
                 courier.join()
         super().server_close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of callers who did not wait for the answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def _send_webhooks(self) -> None:
         pause = 0.0
