@@ -195,7 +195,7 @@ class Stack(Running):
 @contextlib.contextmanager
 def stack(folder: str, *options: str) -> Iterator[Stack]:
     """A ./run in that folder; it ends with the block."""
-    running = Stack(folder, *options)
+    running = Stack(folder, "--no-rate-limit", *options)
     running.leave_alone()
     try:
         yield running

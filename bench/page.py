@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="save the views there, too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
-        stack = Running(folder)
+        stack = Running(folder, "--no-rate-limit")
         stack.leave_alone()
         browser = driver.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         try:

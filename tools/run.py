@@ -73,6 +73,12 @@ def read_arguments() -> argparse.Namespace:
         help="1 has the local cloud answer as late as the real ones are expected to, 0.1 ten times sooner (default: 0)",
     )
     parser.add_argument(
+        "--no-rate-limit",
+        action="store_false",
+        dest="rate_limit",
+        help="have the local D1 take more calls than Cloudflare's 1,200 in five minutes",
+    )
+    parser.add_argument(
         "--no-webhooks",
         action="store_false",
         dest="webhooks",
@@ -125,9 +131,9 @@ def start(options: argparse.Namespace, children: dict[str, subprocess.Popen[byte
             raise Problem(
                 f"--port and --cloud-port are both {options.port}; the API and the local cloud need one each."
             )
-        latency = ["--latency", str(options.latency)]
+        how = ["--latency", str(options.latency), *(["--rate-limit"] if options.rate_limit else [])]
         children["local cloud"] = processes.spawn(
-            "tools.cloud", str(options.cloud_port), str(folder / "cloud"), *_endpoints(), *latency, env=env
+            "tools.cloud", str(options.cloud_port), str(folder / "cloud"), *_endpoints(), *how, env=env
         )
         _wait_for(f"http://127.0.0.1:{options.cloud_port}/", children)
         _apply_schema(env, real="d1" in options.real)

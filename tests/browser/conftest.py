@@ -29,7 +29,7 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def stack(chromium, tmp_path_factory):
-    running = Running(tmp_path_factory.mktemp("gallery") / "data")
+    running = Running(tmp_path_factory.mktemp("gallery") / "data", "--no-rate-limit")
     running.leave_alone()
     yield running
     running.stop()

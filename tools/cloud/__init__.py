@@ -77,7 +77,8 @@ class LocalCloud:
     """
     All parts over one folder; `calls` counts requests by part, `clock` gives the time that RunPod's runs go by.
 
-    With a `latency` every answer waits for that many times what LATENCY says.
+    With a `latency` every answer waits for that many times what LATENCY says. Where it is `rate_limited`, Cloudflare's
+    calls are counted, and refused when they are too many.
     """
 
     def __init__(
@@ -88,9 +89,11 @@ class LocalCloud:
         account: Account | None = None,
         clock: Callable[[], float] = time.time,
         latency: float = 0.0,
+        rate_limited: bool = False,
     ) -> None:
         from tools.cloud.d1 import D1
         from tools.cloud.r2 import R2, PublicBucket
+        from tools.cloud.rate_limit import RateLimit
         from tools.cloud.runpod import Results, Runpod
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,8 +105,9 @@ class LocalCloud:
         self.d1 = D1(folder / "d1.sqlite", self.account)
         self.r2 = R2(folder / "r2", self.account, host=base_url.partition("//")[2], clock=clock)
         self.runpod = Runpod(folder / "runpod.sqlite", self.account, results_url=f"{base_url}/results", clock=clock)
+        self._rate_limit = RateLimit(clock) if rate_limited else None
         self._parts = {
-            "/client/v4/": ("d1", self.d1.handle),
+            "/client/v4/": ("d1", self._cloudflare),
             "/v2/": ("runpod", self.runpod.handle),
             "/r2/": ("r2", self.r2.handle),
             "/cdn/": ("cdn", PublicBucket(self.r2).handle),
@@ -122,6 +126,9 @@ class LocalCloud:
         return json_answer(
             404, {"error": "The local cloud has /client/v4 (D1), /v2 (RunPod), /r2 (S3), /cdn and /results."}
         )
+
+    def _cloudflare(self, request: Request) -> Answer:
+        return self._rate_limit.handle(request, self.d1.handle) if self._rate_limit else self.d1.handle(request)
 
     def close(self) -> None:
         """Let go of the files."""
