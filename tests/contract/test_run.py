@@ -21,6 +21,10 @@ from tools.cloud.render import draw
 ROOT = Path(__file__).parents[2]
 
 
+def simulated(running):
+    return requests.get(f"http://127.0.0.1:{running.cloud_port}/simulate", timeout=10).json()
+
+
 def test_a_job_ends_by_itself_and_is_still_there_after_a_second_start(tmp_path):
     first = Running(tmp_path / "data")
     assert re.search(r"URL +http://127\.0\.0\.1:\d+ ", first.said)
@@ -53,6 +57,7 @@ def test_a_job_ends_by_itself_and_is_still_there_after_a_second_start(tmp_path):
 def test_a_kill_leaves_no_process_behind(tmp_path):
     running = Running(tmp_path / "data")
     assert len(running.answers()) == 2
+    assert 1100 < simulated(running)["calls_left"] < 1200
 
     running.process.kill()
     running.wait()
@@ -86,7 +91,8 @@ def test_chalice_local_works_beside_the_cloud_alone(tmp_path):
 
 
 def test_without_webhooks_the_schedule_alone_ends_a_job_and_with_a_latency_a_create_takes_its_time(tmp_path):
-    running = Running(tmp_path, "--no-webhooks", "--latency", "0.5")
+    running = Running(tmp_path, "--no-webhooks", "--latency", "0.5", "--no-rate-limit")
+    assert simulated(running) == {}
     wish = {"simulate": {"queue_seconds": 0, "run_seconds": 0}}
     begun = time.monotonic()
     running.call("POST", "/api/queue/create", json={"prompt": "a cat", "input": wish})

@@ -15,6 +15,8 @@ from chalicelib.jobs import STATUS_OF, TRANSITIONS, State
 from tests.conftest import FIELDS, call
 from tests.unit.test_keys import RIGHTS
 from tools import template
+from tools.cloud import Request
+from tools.cloud.faults import PARTS
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = yaml.safe_load((ROOT / ".chalice" / "template.yaml").read_text(encoding="utf-8"))
@@ -72,6 +74,22 @@ def test_every_setting_is_in_the_table_with_its_default():
         wanted.append((entry.name.upper(), shown, entry.metadata["about"]))
 
     assert rows == wanted
+
+
+def test_every_fault_of_the_local_cloud_is_in_the_table_with_its_parts():
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", section("What goes wrong, on demand"), flags=re.MULTILINE)
+    shown = {(part, fault) for fault, parts in rows for part in re.findall(r"`(\w+)`", parts)}
+
+    assert shown == {(part, fault) for part, faults in PARTS.items() for fault in faults}
+
+
+def test_the_local_cloud_takes_the_examples_of_faults(cloud):
+    bodies = re.findall(r"8001/simulate -d '(.+)'$", section("What goes wrong, on demand"), flags=re.MULTILINE)
+
+    answers = [cloud.handle(Request("POST", "/simulate", body=body.encode())) for body in bodies]
+
+    assert [json.loads(answer.body) for answer in answers] == [json.loads(body) for body in bodies]
+    assert len(bodies) == 3
 
 
 def test_the_chart_is_the_table_of_moves():

@@ -92,6 +92,7 @@ class LocalCloud:
         rate_limited: bool = False,
     ) -> None:
         from tools.cloud.d1 import D1
+        from tools.cloud.faults import Faults
         from tools.cloud.r2 import R2, PublicBucket
         from tools.cloud.rate_limit import RateLimit
         from tools.cloud.runpod import Results, Runpod
@@ -106,6 +107,7 @@ class LocalCloud:
         self.r2 = R2(folder / "r2", self.account, host=base_url.partition("//")[2], clock=clock)
         self.runpod = Runpod(folder / "runpod.sqlite", self.account, results_url=f"{base_url}/results", clock=clock)
         self._rate_limit = RateLimit(clock) if rate_limited else None
+        self._faults = Faults(self._rate_limit, (self.account.endpoint_id, *self.account.endpoints))
         self._parts = {
             "/client/v4/": ("d1", self._cloudflare),
             "/v2/": ("runpod", self.runpod.handle),
@@ -116,15 +118,17 @@ class LocalCloud:
 
     def handle(self, request: Request) -> Answer:
         """The answer of whichever part the path belongs to."""
+        if request.path == "/simulate":
+            return self._faults.handle(request)
         for prefix, (name, part) in self._parts.items():
             if request.path.startswith(prefix):
                 with self._count_lock:
                     self.calls[name] += 1
                 if self._latency:
                     time.sleep(self._latency * LATENCY["run" if request.path.endswith("/run") else name])
-                return part(request)
+                return self._faults.answer(name, request, part)
         return json_answer(
-            404, {"error": "The local cloud has /client/v4 (D1), /v2 (RunPod), /r2 (S3), /cdn and /results."}
+            404, {"error": "The local cloud has /client/v4 (D1), /v2 (RunPod), /r2 (S3), /cdn, /results and /simulate."}
         )
 
     def _cloudflare(self, request: Request) -> Answer:

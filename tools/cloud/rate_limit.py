@@ -32,6 +32,16 @@ class RateLimit:
         told = {"ratelimit": f'"default";r={max(left, 0)};t={math.ceil(seconds)}'}
         return replace(answer, headers={**answer.headers, **told, "ratelimit-policy": '"default";q=1200;w=300'})
 
+    def calls_left(self) -> int:
+        """Calls that would still be answered now."""
+        with self._lock:
+            return CALLS if self._clock() >= self._ends_at else max(self._left, 0)
+
+    def leave(self, calls: int) -> None:
+        """Begin a window with so many calls."""
+        with self._lock:
+            self._left, self._ends_at = calls, self._clock() + SECONDS
+
     def _take(self) -> tuple[int, float]:
         """Take one call: how many are left then, and the seconds until there are more."""
         with self._lock:
