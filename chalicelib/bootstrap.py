@@ -307,6 +307,7 @@ class Service:
             models=self.models,
             courier=lambda: self.courier,
             uploads=lambda: self.uploads,
+            reasons=lambda: self._reasons,
             skip_idle_rounds=self.settings.skip_idle_rounds,
             new_crew=self._machine.new_crew,
         )

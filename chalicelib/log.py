@@ -152,6 +152,11 @@ def endpoint(endpoint_id: str, code: str, sentence: str, *, until: str | None) -
     _write(level, what, endpoint_id=endpoint_id, code=code, reason=sentence, until=until)
 
 
+def runs_wait(endpoint_id: str, code: str, sentence: str, seconds: float) -> None:
+    """Runs wait for a worker at an endpoint, the first of them for so long."""
+    _write(logging.WARNING, "runs_wait", endpoint_id=endpoint_id, ms=_ms(seconds), code=code, reason=sentence)
+
+
 def crashed(what: str, *, job_id: str | None = None) -> None:
     """A bug: called while the exception is handled; where it was raised goes into the line."""
     _write(logging.ERROR, what, job_id=job_id)

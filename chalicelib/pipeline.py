@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from datetime import timedelta
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ from chalicelib.webhooks import Webhooks
 
 if TYPE_CHECKING:
     from chalicelib.courier import Courier
+    from chalicelib.reasons import Reasons
     from chalicelib.uploads import Uploads
 
 ROUNDS = 4  # a minute
@@ -46,6 +48,7 @@ QUEUE_FULL_WAIT = 30.0  # seconds after which a client may try again
 VERB_TIMEOUT = 8.0  # seconds
 TOLD_WITHIN = 14.0  # seconds from a run's end as RunPod's callback tells it: a caller's own address, and D1 twice
 SWEEP_EVERY = 10  # minutes
+WAITED_LONG = 120.0  # seconds that a run waits for a worker, from which on the log tells why
 CALLS_KEPT_FOR_ROUNDS = 100  # under this many D1 calls left, creating only queues: one call, not two
 
 
@@ -62,6 +65,7 @@ class Pipeline:
     models: Models
     courier: "Callable[[], Courier]"
     uploads: "Callable[[], Uploads]"
+    reasons: "Callable[[], Reasons]"
     skip_idle_rounds: bool = False
     new_crew: Callable[[int], Crew] = Crew
     doubtful: DoubtfulClaim = field(default_factory=DoubtfulClaim)
@@ -280,7 +284,7 @@ class Pipeline:
 
     def _rounds(self, deadline: Deadline, errands: Crew) -> list[Report]:
         start = self.clock.monotonic()
-        reports = []
+        reports: list[Report] = []
         slot = 0
         while slot < ROUNDS:
             pause = max(0.0, start + slot * ROUND_EVERY - self.clock.monotonic())
@@ -288,7 +292,10 @@ class Pipeline:
                 break
             if pause:
                 self.clock.sleep(pause)
-            report = self._guarded_round(deadline)
+            report = self._guarded_round(deadline, measure=not any(one.measured for one in reports))
+            for one in report:
+                if one.measured and one.measured.waiting:
+                    errands.start(partial(self._tell_why_runs_wait, one.measured.waiting))
             if any(job.callback_url for one in report for job in one.updated):
                 errands.start(lambda: self.courier().run(deadline))  # beside the rounds, which no receiver may delay
             reports += report
@@ -305,21 +312,31 @@ class Pipeline:
         except Exception:
             log.crashed("sweep_crashed")
 
-    def _guarded_round(self, deadline: Deadline) -> list[Report]:
+    def _tell_why_runs_wait(self, waiting: Mapping[str, float]) -> None:
+        """Log it of endpoints at which that needs a hand, so that it is known though nobody asks for a job."""
+        for endpoint_id, seconds in waiting.items():
+            if seconds > WAITED_LONG:
+                reason = self.reasons().trouble_at(endpoint_id, timedelta(seconds=seconds))
+                if reason:
+                    log.runs_wait(endpoint_id, reason["code"], reason["sentence"], seconds)
+
+    def _guarded_round(self, deadline: Deadline, *, measure: bool) -> list[Report]:
         try:
-            return [self.run_round(deadline)]
+            return [self.run_round(deadline, measure=measure)]
         except ServiceError as error:
             log.failed("round_failed", error)
         except Exception:
             log.crashed("round_crashed")
         return []
 
-    def run_round(self, deadline: Deadline, *, ignore_due: bool = False) -> Report:
+    def run_round(self, deadline: Deadline, *, ignore_due: bool = False, measure: bool = False) -> Report:
         """One pass over every due job. Raises ServiceError where the claim fails; what was won before is carried on."""
         begun = self.clock.monotonic()
         report = Report()
         try:
-            report = self._new_round(THREADS, deadline, lambda round_: round_.run(ignore_due=ignore_due))
+            report = self._new_round(
+                THREADS, deadline, lambda round_: round_.run(ignore_due=ignore_due, measure=measure)
+            )
             return report
         except Exception:
             metrics.count("RoundsFailed")
@@ -328,6 +345,8 @@ class Pipeline:
             self._say(report, self.clock.monotonic() - begun)
 
     def _say(self, report: Report, seconds: float) -> None:
+        for name, value in report.measured.metrics.items() if report.measured else ():
+            metrics.tell(name, value)
         metrics.count("Rounds")
         metrics.tell("RoundSeconds", seconds)
         log.round_over(checked=report.checked, submitted=report.submitted, updated=len(report.updated), seconds=seconds)

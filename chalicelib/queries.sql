@@ -370,28 +370,28 @@ SELECT 1 AS live FROM jobs INDEXED BY jobs_due WHERE status IN ('queued', 'runni
 
 
 -- name: measure
--- How much there is of everything that is not done, and since when, in seconds. A job that a user has retried waits since then.
+-- How much there is of everything that is not done, and since when, in seconds, as the metrics are called. A job that a user has retried waits since then.
 SELECT
-  count(*) FILTER (WHERE step IN ('submit', 'submitting')) AS queued,
+  count(*) FILTER (WHERE step IN ('submit', 'submitting')) AS Queued,
   (julianday(:now) - julianday(min(CASE WHEN step IN ('submit', 'submitting') THEN
     CASE WHEN attempt_base = 0 THEN created_at ELSE (
       SELECT max(line.at) FROM job_events AS line WHERE line.job_id = jobs.id AND line.event = 'retried'
     ) END
-  END))) * 86400 AS oldest_queued,
-  count(*) FILTER (WHERE step = 'poll') AS running,
-  (julianday(:now) - julianday(min(CASE WHEN step = 'poll' THEN submitted_at END))) * 86400 AS oldest_running,
-  (julianday(:now) - julianday(min(CASE WHEN step = 'poll' AND runpod_status = 'IN_QUEUE' THEN submitted_at END))) * 86400 AS oldest_without_worker,
-  count(*) FILTER (WHERE step = 'store') AS storing,
-  (julianday(:now) - julianday(min(CASE WHEN step = 'store' THEN completed_at END))) * 86400 AS oldest_storing,
-  (SELECT count(*) FROM (SELECT 1 FROM jobs AS dead WHERE dead.dead_at IS NOT NULL LIMIT 1000)) AS dead_letters,
-  (SELECT count(DISTINCT endpoint_id) FROM endpoint_faults WHERE paused_until IS NOT NULL) AS paused_endpoints
+  END))) * 86400 AS OldestQueued,
+  count(*) FILTER (WHERE step = 'poll') AS Running,
+  (julianday(:now) - julianday(min(CASE WHEN step = 'poll' THEN submitted_at END))) * 86400 AS OldestRunning,
+  (julianday(:now) - julianday(min(CASE WHEN step = 'poll' AND runpod_status = 'IN_QUEUE' THEN submitted_at END))) * 86400 AS OldestWithoutWorker,
+  count(*) FILTER (WHERE step = 'store') AS Storing,
+  (julianday(:now) - julianday(min(CASE WHEN step = 'store' THEN completed_at END))) * 86400 AS OldestStoring,
+  (SELECT count(*) FROM (SELECT 1 FROM jobs AS dead WHERE dead.dead_at IS NOT NULL LIMIT 1000)) AS DeadLetters,
+  (SELECT count(DISTINCT endpoint_id) FROM endpoint_faults WHERE paused_until IS NOT NULL) AS PausedEndpoints
 FROM jobs INDEXED BY jobs_due
 WHERE status IN ('queued', 'running') AND step IN ('submit', 'submitting', 'poll', 'store')
 
 
 -- name: measure_spool
 -- The files that wait in the spool.
-SELECT count(*) AS files, sum(json_extract(file.value, '$.bytes')) AS bytes
+SELECT count(*) AS SpooledFiles, sum(json_extract(file.value, '$.bytes')) AS SpooledBytes
 FROM jobs INDEXED BY jobs_due, json_each(jobs.outputs) AS file
 WHERE status IN ('queued', 'running') AND step = 'store' AND json_extract(file.value, '$.spooled')
 

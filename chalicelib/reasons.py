@@ -23,6 +23,8 @@ STARTS_WITHIN = timedelta(seconds=60)
 PAUSED_AFTER = timedelta(minutes=10)
 ANSWERED_WITHIN = timedelta(seconds=30)  # to /run, or its answer is lost
 
+NEEDS_A_HAND = ("throttled", "unhealthy", "no_worker", "endpoint_paused")  # for these no run is begun by itself
+
 Reason = dict[str, Any]
 Workers = dict[str, int]  # of an endpoint, by their state
 
@@ -53,10 +55,16 @@ class Reasons:
             case State.SUBMITTING:
                 return self._being_sent(job, now)
             case State.POLL if job.runpod_status == IN_QUEUE or not job.runpod_status:
-                return _at_runpod(self._workers(job), _since(job.submitted_at, now))
+                workers = self._workers(job.endpoint_id or self.default_endpoint_id)
+                return _at_runpod(workers, _since(job.submitted_at, now))
             case State.STORE:
                 return _being_stored(job, now)
         return None
+
+    def trouble_at(self, endpoint: str, waited: timedelta) -> Reason | None:
+        """Why a run waits there that has waited for so long, if that needs a hand."""
+        reason = _at_runpod(self._workers(endpoint), waited)
+        return reason if reason["code"] in NEEDS_A_HAND else None
 
     def _being_sent(self, job: Job, now: datetime) -> Reason:
         if job.due_at < to_text(now + timedelta(seconds=self.submit_unknown_wait) - ANSWERED_WITHIN):
@@ -67,8 +75,7 @@ class Reasons:
             )
         return _reason("sending", "It is just being sent to RunPod.")
 
-    def _workers(self, job: Job) -> Workers | None:
-        endpoint = job.endpoint_id or self.default_endpoint_id
+    def _workers(self, endpoint: str) -> Workers | None:
         with self._lock:
             until, workers = self._kept.get(endpoint, (0.0, None))
             if until <= self.clock.monotonic():

@@ -20,7 +20,7 @@ from chalicelib.runpod import CALLS, CALLS_WITHIN, Answer
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saved, Saver
 from chalicelib.steps import Steps
-from chalicelib.store import IN_THE_NEXT_ROUND, Claimed, Limits, Store, new_nonce
+from chalicelib.store import IN_THE_NEXT_ROUND, Claimed, Limits, Measured, Store, new_nonce
 
 # Seconds between saves while work goes on, or a tenth of the round's time so far: what ends early is told early, and a
 # long round makes no more calls for it. Cloudflare allows four a second for everything.
@@ -50,11 +50,15 @@ KEPT_ANSWER_BYTES = 24_000_000
 
 @dataclass(kw_only=True)
 class Report:
-    """What a round did: statuses asked, runs sent, the jobs that became final; whether there was none that was not."""
+    """
+    What a round did: statuses asked, runs sent, the jobs that became final; whether there was none that was not; and
+    how much there was of all when it began, where that was asked.
+    """
 
     checked: int = 0
     submitted: int = 0
     idle: bool = False
+    measured: Measured | None = None
     updated: list[Job] = field(default_factory=list)
 
 
@@ -117,13 +121,13 @@ class Round:
         self._saves_refused = False
         self._saved_at = self._begun_at = self.clock.monotonic()
 
-    def run(self, *, ignore_due: bool) -> Report:
+    def run(self, *, ignore_due: bool, measure: bool) -> Report:
         """Run to the end: no thread is left at work when this returns. Raises ServiceError where D1 fails it."""
         self._go_on(self.saver.flush(self.deadline))
         suspect = None
         try:
-            claimed = self._claim(ignore_due)
-            suspect = claimed.suspect
+            claimed = self._claim(ignore_due, measure)
+            suspect, self._report.measured = claimed.suspect, claimed.measured
             self._report.idle = not claimed.any_live and not self.saver.backlog
             for job in sorted(claimed.jobs, key=lambda job: ORDER.index(job.state)):
                 self._start(job)
@@ -163,7 +167,7 @@ class Round:
         self._collect()
         return self._report
 
-    def _claim(self, ignore_due: bool) -> Claimed:
+    def _claim(self, ignore_due: bool, measure: bool) -> Claimed:
         """What is due; a result that must be stored alone is not yet claimed."""
         left = self.deadline.left()
         submits = SUBMITS_PER_ROUND if left > SUBMIT_BUDGET and not self._saves_refused else 0
@@ -177,6 +181,7 @@ class Round:
                 limits=Limits(submits=submits, polls=polls),
                 lease=self._lease(),
                 ignore_due=ignore_due,
+                measure=measure,
                 timeout=self.deadline.cap(CLAIM_TIMEOUT),
             )
         except ServiceError:

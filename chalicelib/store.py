@@ -23,6 +23,7 @@ POLL_AGAIN = (IN_THE_NEXT_ROUND,)
 SCHEMA_CHANGE = 6  # the last of the numbered changes to the schema that the queries need
 LOW_AHEAD = 8  # runs that wait for a worker, from which on jobs of low priority wait here
 LOW_WAIT = timedelta(minutes=10)  # for which they do; then they are like any other
+MEASURES = ("measure", "measure_spool", "measure_waiting")
 LINE = {"job_id", "event", "attempt"}  # of a timeline, as it comes back from what has written it
 UPLOADS_LEFT_FOR = timedelta(minutes=15)  # after the last job that used them; longer than one may still be put
 
@@ -43,15 +44,27 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """
+    What there is of everything that is not done: metrics by their names, and the endpoints at which runs wait for a
+    worker, each with the seconds that the first of them does.
+    """
+
+    metrics: dict[str, float]
+    waiting: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Claimed:
     """
     What a claim has taken, oldest first; one result whose holders have ended without a word, which is left for
-    claim_suspect(); and whether there is any job that is not final.
+    claim_suspect(); whether there is any job that is not final; and how much of all, where that was asked.
     """
 
     jobs: list[Job]
     suspect: Job | None
     any_live: bool
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +165,22 @@ class Store:
         return [Job.from_row(row) for row in rows]
 
     def claim(
-        self, *, nonce: str, now: datetime, limits: Limits, lease: float, ignore_due: bool, timeout: float
+        self,
+        *,
+        nonce: str,
+        now: datetime,
+        limits: Limits,
+        lease: float,
+        ignore_due: bool,
+        measure: bool = False,
+        timeout: float,
     ) -> Claimed:
         """
         Take what is due; a result is leased for `lease` seconds.
 
         With `ignore_due` polls that are not due are taken too. Rows of the earlier version are adopted, submits whose
-        answer never came go back to be sent again, and those of them that a user has cancelled end.
+        answer never came go back to be sent again, and those of them that a user has cancelled end. With `measure` it
+        says how much there is of everything, too.
         """
         values = {
             "nonce": nonce,
@@ -189,13 +211,15 @@ class Store:
             *((name, limits.submits) for name in ("claim_probes", "mark_probes", "claim_submits") if limits.submits),
         ):
             statements.append(bind(name, {**values, "limit": limit, "bytes": limits.submit_bytes, "suspect": SUSPECT}))
-        for name in ("log_claimed_submits", "select_claimed", "select_suspect", "select_live"):
-            statements.append(bind(name, {**values, "suspect": SUSPECT}))
-        *_, claimed, suspects, live = self._query(statements, timeout)
+        statements.append(bind("log_claimed_submits", values))
+        asked = ["select_claimed", "select_suspect", "select_live", *(MEASURES if measure else ())]
+        statements += [bind(name, {**values, "suspect": SUSPECT}) for name in asked]
+        claimed, suspects, live, *measured = self._query(statements, timeout)[-len(asked) :]
         return Claimed(
             jobs=[Job.from_row(row) for row in claimed],
             suspect=Job.from_row(suspects[0]) if suspects else None,
             any_live=bool(live),
+            measured=_measured(*measured) if measured else None,
         )
 
     def claim_suspect(
@@ -365,6 +389,13 @@ class Store:
         names = ["prove_writing", "read_survey", "read_signs_of_rounds", "count_failures"]
         _, (row,), (rounds,), failures = self._run(names, values, timeout=timeout)
         return Survey(**row, rounds=rounds, failures=failures)
+
+
+def _measured(jobs: list[Row], spool: list[Row], waiting: list[Row]) -> Measured:
+    return Measured(
+        metrics={name: value or 0 for row in (*jobs, *spool) for name, value in row.items()},
+        waiting={row["endpoint_id"]: row["seconds"] for row in waiting if row["endpoint_id"] and row["seconds"]},
+    )
 
 
 # What save_changes, reopen and record_accepted read of a job; what its caller said is never written again.

@@ -35,12 +35,7 @@ GUARDS = """  AND jobs.version = json_extract(row.value, '$.version')
   -- The + keeps SQLite from going through every live row by the index of their status.
   AND +jobs.status IN ('queued', 'running')"""
 
-TELL_WITH_SAVE = """                "tell_of_saved",
-                "select_winners",
-            ],
-            values,
-            timeout=timeout,
-        )[-1]
+SAVE_AND_TELL = """        *_, winners = self._run([*names, "select_winners"], values, timeout=timeout)
 """
 
 MARK_AND_SELECT = """SET swept_at = :now
@@ -356,8 +351,9 @@ MUTANTS = [
     Mutant(
         "an end is told in a batch of its own",
         "store.py",
-        TELL_WITH_SAVE,
-        TELL_WITH_SAVE.replace('                "tell_of_saved",\n', "")
+        SAVE_AND_TELL,
+        '        names.remove("tell_of_saved")\n'
+        + SAVE_AND_TELL
         + '        self._run(["tell_of_saved"], values, timeout=timeout)\n',
     ),
     Mutant(

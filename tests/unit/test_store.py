@@ -203,6 +203,23 @@ def test_a_repeated_claim_finds_the_same_and_takes_nothing_twice(insert, claim, 
     assert events(table) == ["submitting"]
 
 
+def test_a_claim_says_how_much_there_is_where_it_is_asked(store, claim, insert, clock):
+    insert("job-1", created_at="2026-01-31T23:58:00.000Z")
+    insert("job-2", "submitting", due_at="2099")
+    insert("job-3", "poll", submitted_at="2026-01-31T23:57:00.000Z", runpod_status="IN_QUEUE", endpoint_id="e")
+    insert("job-4", "poll", submitted_at="2026-01-31T23:56:00.000Z", runpod_status="IN_PROGRESS")
+    insert("job-5", "store", completed_at="2026-01-31T23:55:00.000Z", outputs='[{"spooled": true, "bytes": 7}]')
+    values = {"nonce": "n", "now": clock.now(), "limits": Limits(submits=0), "lease": 9.0, "ignore_due": False}
+
+    measured = store.claim(**values, measure=True, timeout=5.0).measured
+    assert {name: round(value) for name, value in measured.metrics.items()} == {
+        "Queued": 2, "OldestQueued": 60, "Running": 2, "OldestRunning": 180, "OldestWithoutWorker": 120, "Storing": 1,
+        "OldestStoring": 240, "DeadLetters": 0, "PausedEndpoints": 0, "SpooledFiles": 1, "SpooledBytes": 7,
+    }  # fmt: skip
+    assert {endpoint: round(seconds) for endpoint, seconds in measured.waiting.items()} == {"e": 120}
+    assert store.claim(**values, timeout=5.0).measured is None
+
+
 def test_two_claims_share_nothing(insert, claim):
     for n in range(10):
         insert(f"job-{n}")
