@@ -26,6 +26,10 @@ CHALICE_ERRORS = {
 }
 CRASHED = ("internal_error", "Something failed inside the service; it is in the logs. Try again.")
 
+# Of Cloudflare's API calls, that a request leaves for others: who asks for the rounds and for who creates, all for the
+# rounds. A round makes some twenty in five minutes, and more only where jobs end.
+KEPT_CALLS = {Right.READ: 100, Right.WRITE: 50, Right.ADMIN: 50}
+
 ANONYMOUS = "anonymous"  # who calls without a key, where that is allowed
 
 Args = ParamSpec("Args")
@@ -46,13 +50,13 @@ View = Callable[Concatenate[Call, Args], Answer]
 
 
 def route(
-    right: Right | None, *, anonymous: bool = False, etag: bool = False
+    right: Right | None, *, anonymous: bool = False, etag: bool = False, calls_d1: bool = True
 ) -> Callable[[View[Args]], Callable[Concatenate[Request | None, Args], Response]]:
     """
     Check that the key has the right, run the view, and turn what it returns or raises into an answer.
 
-    Some are `anonymous` where the operator wants it; a view without a right checks by itself who calls. With `etag` the
-    answer has one, and is 304 where the caller has it already.
+    Some are `anonymous` where the operator wants it; a view without a right checks by itself who calls, and how many
+    calls to D1 are left. With `etag` the answer has one, and is 304 where the caller has it already.
     """
 
     def wrap(view: View[Args]) -> Callable[Concatenate[Request | None, Args], Response]:
@@ -62,6 +66,8 @@ def route(
                 current = service()
                 call = Call(service=current, request=request, caller=_caller(current, request, right, anonymous))
                 log.add(caller=call.caller)
+                if right is not None and calls_d1:
+                    current.require_calls(KEPT_CALLS[right])
                 with _forgetting(call):
                     answer = {"ok": True, **view(call, *args, **kwargs)}
                 response = respond(200 if answer["ok"] else 503, answer, call.headers)

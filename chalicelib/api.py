@@ -85,7 +85,7 @@ def _document() -> dict[str, Any]:
     return document
 
 
-@route(Right.READ)
+@route(Right.READ, calls_d1=False)
 def get_deep_health(call: Call) -> Answer:
     """Alive; with `deep=1` whether all that the service needs is so, too."""
     from chalicelib import advice
@@ -97,7 +97,7 @@ def get_deep_health(call: Call) -> Answer:
     return {"service": SERVICE, **advice.in_short(found)}
 
 
-@route(Right.READ, etag=True)
+@route(Right.READ, etag=True, calls_d1=False)
 def list_models(call: Call) -> Answer:
     """What can be drawn with, and what each model wants to be given."""
     return {

@@ -187,6 +187,10 @@ class Service:
 
         return Reads(d1=self._d1, clock=self.clock, max_running=self.settings.max_running)
 
+    def require_calls(self, number: int) -> None:
+        """Raise TransientError where fewer calls to D1 than that are left."""
+        self._d1.require_calls(number)
+
     def forget_reads(self) -> None:
         """Read anew from now on: this process has written."""
         if "reads" in vars(self):

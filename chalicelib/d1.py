@@ -18,6 +18,8 @@ MAX_STATEMENTS = 50  # D1 documents 100 a query
 MAX_PARAMS = 100  # a statement
 MAX_BODY_BYTES = 900_000  # the limit of api.cloudflare.com is not documented; a megabyte is known to pass
 MAX_ANSWER_BYTES = 32_000_000
+# Of Cloudflare's calls, that nobody makes: each container knows only what its own last call was told.
+LAST_CALLS = 10
 
 # What D1 says, in a 400 of its catch-all code 7500, when the statement itself is not at fault.
 # https://developers.cloudflare.com/d1/observability/debug-d1/
@@ -75,6 +77,17 @@ class D1:
             return None
         return self._calls_left[0]
 
+    def require_calls(self, number: int) -> None:
+        """Raise TransientError, whose retry_after says when there are more, where fewer calls than that are left."""
+        left = self.calls_left()
+        if left is not None and self._calls_left is not None and left < number:
+            raise TransientError(
+                "d1_few_calls",
+                f"Only {left} of Cloudflare's API calls are left for now, which are kept for what cannot wait.",
+                service="d1",
+                retry_after=self._calls_left[1] - self._clock.monotonic(),
+            )
+
     def query(self, statements: list[Statement], *, timeout: float) -> list[list[Row]]:
         """
         Run the statements as one transaction; the rows of each.
@@ -103,6 +116,7 @@ class D1:
         locked_for = self._locked_until - self._clock.monotonic()
         if locked_for > 0:  # a call now would be refused, and might prolong it
             raise _rate_limited(locked_for)
+        self.require_calls(LAST_CALLS)
         metrics.count("D1Calls")
         reply = exchange_as(
             self._token,

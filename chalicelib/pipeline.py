@@ -347,7 +347,8 @@ class Pipeline:
     def _say(self, report: Report, seconds: float) -> None:
         for name, value in report.measured.metrics.items() if report.measured else ():
             metrics.tell(name, value)
-        metrics.count("Rounds")
+        for name in ("Rounds", "Done", "Errors"):  # the share of the errors wants both, though there is none
+            metrics.count(name, name == "Rounds")
         metrics.tell("RoundSeconds", seconds)
         log.round_over(checked=report.checked, submitted=report.submitted, updated=len(report.updated), seconds=seconds)
 

@@ -370,10 +370,11 @@ SELECT 1 AS live FROM jobs INDEXED BY jobs_due WHERE status IN ('queued', 'runni
 
 
 -- name: measure
--- How much there is of everything that is not done, and since when, in seconds, as the metrics are called. A job that a user has retried waits since then.
+-- How much there is of everything that is not done, and since when, in seconds, as the metrics are called. A job whose answer was
+-- lost is not one that waits to be sent. A job that a user has retried waits since then.
 SELECT
   count(*) FILTER (WHERE step IN ('submit', 'submitting')) AS Queued,
-  (julianday(:now) - julianday(min(CASE WHEN step IN ('submit', 'submitting') THEN
+  (julianday(:now) - julianday(min(CASE WHEN step = 'submit' THEN
     CASE WHEN attempt_base = 0 THEN created_at ELSE (
       SELECT max(line.at) FROM job_events AS line WHERE line.job_id = jobs.id AND line.event = 'retried'
     ) END

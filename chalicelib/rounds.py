@@ -20,10 +20,11 @@ from chalicelib.runpod import CALLS, CALLS_WITHIN, Answer
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saved, Saver
 from chalicelib.steps import Steps
-from chalicelib.store import IN_THE_NEXT_ROUND, Claimed, Limits, Measured, Store, new_nonce
+from chalicelib.store import CALLS_KEPT_FROM_WEBHOOKS, IN_THE_NEXT_ROUND, Claimed, Limits, Measured, Store, new_nonce
 
 # Seconds between saves while work goes on, or a tenth of the round's time so far: what ends early is told early, and a
-# long round makes no more calls for it. Cloudflare allows four a second for everything.
+# long round makes no more calls for it. Cloudflare allows four a second for everything; where few of these are left, a
+# round saves what it has when it has nothing else to do.
 SAVE_EVERY = 0.3
 SAVE_SHARE = 0.1
 CLAIM_TIMEOUT = 12.0  # seconds
@@ -289,6 +290,9 @@ class Round:
                 changes = []
 
     def _is_time_to_save(self) -> bool:
+        calls_left = self.store.calls_left()
+        if calls_left is not None and calls_left < CALLS_KEPT_FROM_WEBHOOKS:
+            return False
         now = self.clock.monotonic()
         return now - self._saved_at >= max(SAVE_EVERY, SAVE_SHARE * (now - self._begun_at))
 

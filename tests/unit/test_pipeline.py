@@ -893,6 +893,7 @@ def test_the_first_refused_save_stops_sending(bench, monkeypatch):
     monkeypatch.setattr(bench.service.store, "calls_left", lambda: 0)
     for n in range(5):
         bench.create(f"cat {n}")
+    monkeypatch.setattr(bench.service.store, "calls_left", lambda: None)
     refused = threading.Event()
     run = type(bench.service.pipeline.steps.runpod).run
 
@@ -959,7 +960,7 @@ def test_there_is_no_sleep_after_the_fourth_round(bench, monkeypatch):
 def test_a_late_start_runs_only_what_fits(bench, monkeypatch):
     begun = []
 
-    def run_round(deadline):
+    def run_round(deadline, **_):
         begun.append(bench.clock.elapsed)
         return Report()
 
@@ -1132,7 +1133,7 @@ def test_two_pollers_at_once_look_at_each_run_once(bench):
 def test_a_round_that_fails_does_not_stop_the_next(bench, monkeypatch, error):
     outcomes = iter([error, Report(checked=1), error, Report(checked=2)])
 
-    def run_round(deadline):
+    def run_round(deadline, **_):
         outcome = next(outcomes)
         if isinstance(outcome, Exception):
             raise outcome
