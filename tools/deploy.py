@@ -198,6 +198,10 @@ def _say_how_to_go_on(outputs: dict[str, str], values: dict[str, str], stage: st
     if "DomainTarget" in outputs:
         domain = values["DEPLOY_DOMAIN"]
         lines.append(f"Point {domain} to {outputs['DomainTarget']} (a CNAME). Then the API is https://{domain} too.")
+    if "DashboardURL" in outputs:
+        lines.append(f"Dashboard: {outputs['DashboardURL']}")
+    if "DEPLOY_ALARM_EMAIL" in values:
+        lines.append(f"{values['DEPLOY_ALARM_EMAIL']} is told of alarms once the link in AWS's mail to it was opened.")
     if "PUBLIC_BASE_URL" not in values:
         lines.append(f"Next: write PUBLIC_BASE_URL={url} into .env.{stage} and deploy again, for RunPod's callbacks.")
     lines.append(f"To see that all of it works: .venv/lambda/bin/python -m tools.doctor --env .env.{stage}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from chalicelib import parameters, settings
 from chalicelib.errors import SettingError
-from tools import Problem, env_file
+from tools import Problem, alarms, env_file
 
 FUNCTIONS = {"APIHandler": "ApiHandlerRole", "PollJobs": "PollJobsRole"}
 SETTINGS = [entry.name.upper() for entry in fields(settings.Settings)]
@@ -21,6 +21,8 @@ DEPLOY_VALUES = {
     "DEPLOY_CERTIFICATE_ARN": r"arn:aws[a-z-]*:acm:[a-z0-9-]+:[0-9]{12}:certificate/[0-9a-f-]+",
     "DEPLOY_RESERVED_CONCURRENCY": r"[2-9]|[1-9][0-9]{1,3}",  # the deep health calls its own API
     "DEPLOY_POLLERS": r"[1-4]",
+    "DEPLOY_ALARM_EMAIL": r"[^@\s]+@[^@\s]+\.[^@\s]+",
+    "DEPLOY_DAILY_USD": r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,2})?",
 }
 PARAMETER = r"/[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*"
 SCHEDULE_CONCURRENCY = 2  # of each poller: a minute's run, and the next one's beginning
@@ -29,6 +31,9 @@ ENVIRONMENT_BYTES = 4096
 
 # Of glibc, which else keeps what was freed of large answers for each thread by itself.
 MACHINE = {"MALLOC_ARENA_MAX": "2"}
+OF_STACK = {"SERVICE_NAME": {"Ref": "AWS::StackName"}}
+CONSOLE = "https://${AWS::Region}.console.aws.amazon.com/cloudwatch/home?region=${AWS::Region}"
+DASHBOARD_URL = f"{CONSOLE}#dashboards/dashboard/${{Dashboard}}"
 
 Template = dict[str, Any]
 
@@ -57,6 +62,8 @@ def read_values(path: Path) -> dict[str, str]:
 def _check_names(values: Mapping[str, str]) -> None:
     known = [*SETTINGS, *DEPLOY_VALUES]
     for name in values:
+        if name in OF_STACK:
+            raise Problem(f"{name} is set by ./deploy itself. Take it out.")
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else "README has the table of settings."
@@ -90,6 +97,7 @@ def _check_deploy_values(values: Mapping[str, str]) -> None:
             raise Problem(f"{name} is malformed: it must match {pattern}.")
     if ("DEPLOY_DOMAIN" in values) != ("DEPLOY_CERTIFICATE_ARN" in values):
         raise Problem("DEPLOY_DOMAIN and DEPLOY_CERTIFICATE_ARN go together: set both, or neither.")
+    alarms.check(values)
 
 
 def _check_size(values: Mapping[str, str]) -> None:
@@ -101,9 +109,9 @@ def _check_size(values: Mapping[str, str]) -> None:
         )
 
 
-def environment(values: Mapping[str, str]) -> dict[str, str]:
+def environment(values: Mapping[str, str]) -> dict[str, Any]:
     """What the functions get."""
-    return MACHINE | {name: values[name] for name in SETTINGS if name in values}
+    return MACHINE | OF_STACK | {name: values[name] for name in SETTINGS if name in values}
 
 
 def fill(template: Template, values: Mapping[str, str]) -> Template:
@@ -119,6 +127,8 @@ def fill(template: Template, values: Mapping[str, str]) -> Template:
         _reserve(resources, int(values["DEPLOY_RESERVED_CONCURRENCY"]), pollers)
     if "DEPLOY_DOMAIN" in values:
         _add_domain(filled, values["DEPLOY_DOMAIN"], values["DEPLOY_CERTIFICATE_ARN"])
+    resources |= alarms.resources(values)
+    filled["Outputs"]["DashboardURL"] = {"Description": "Where the dashboard is", "Value": {"Fn::Sub": DASHBOARD_URL}}
     return filled
 
 

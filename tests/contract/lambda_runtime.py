@@ -103,6 +103,7 @@ def running(function, *, task, runtime, environment, log):
     handler = function["Handler"]
     given = {
         **function["Environment"]["Variables"],
+        "SERVICE_NAME": "ob-ai-studio-dev",  # what CloudFormation makes of it
         "_HANDLER": handler,
         "AWS_LAMBDA_RUNTIME_API": f"127.0.0.1:{api.server_port}",
         "AWS_LAMBDA_FUNCTION_NAME": "ob-ai-studio-dev-function",

@@ -49,12 +49,17 @@ DOMAIN = {
 }
 SPOOL = {"SPOOL_BUCKET": "my-spool"}
 RESERVED = {"DEPLOY_RESERVED_CONCURRENCY": "10", "DEPLOY_POLLERS": "2"}
+EMAIL = {"DEPLOY_ALARM_EMAIL": "ops@example.com"}
+BUDGET = {"DEPLOY_DAILY_USD": "12.50"}
+MADE_HERE = {"MALLOC_ARENA_MAX": "2", "SERVICE_NAME": {"Ref": "AWS::StackName"}}
 VARIANTS = {
     "bare": {},
     "domain": DOMAIN,
     "spool": SPOOL,
     "reserved": RESERVED,
-    "prod": {**DOMAIN, **SPOOL, **RESERVED, "WEBHOOK_SECRET": SECRETS["WEBHOOK_SECRET"]},
+    "email": EMAIL,
+    "budget": BUDGET,
+    "prod": {**DOMAIN, **SPOOL, **RESERVED, **EMAIL, **BUDGET, "WEBHOOK_SECRET": SECRETS["WEBHOOK_SECRET"]},
 }
 API_KEY = secrets.token_hex(16)
 
@@ -564,7 +569,7 @@ def test_the_functions_are_what_they_should_be(expanded):
         "PollJobs": ("python3.13", ["arm64"], 58, 512),
     }
     for function in functions.values():
-        assert function["Environment"]["Variables"] == {**MINIMAL, **SECRETS, "MALLOC_ARENA_MAX": "2"}
+        assert function["Environment"]["Variables"] == {**MINIMAL, **SECRETS, **MADE_HERE}
         assert "ReservedConcurrentExecutions" not in function
 
 
@@ -698,9 +703,33 @@ def test_what_the_gateway_says_itself_has_our_shape_and_any_page_may_read_it(exp
 
 def test_two_stages_have_no_name_in_common(expanded):
     for resource in read(expanded, "dev").values():
-        for name in ("FunctionName", "RoleName", "Name", "LogGroupName", "RuleName"):
+        for name in ("FunctionName", "RoleName", "Name", "LogGroupName", "RuleName", "AlarmName", "DashboardName"):
             given = resource["Properties"].get(name, {"Ref": "something"})
             assert isinstance(given, dict), given
+
+
+def test_alarms_watch_the_api_by_the_name_and_stage_that_it_has(expanded):
+    resources = read(expanded, "bare")
+    (api,), (stage,) = only(resources, "RestApi").values(), only(resources, "Stage").values()
+    queries = only(resources, "Alarm")["ApiErrors"]["Metrics"]
+    (named,) = {json.dumps(one["MetricStat"]["Metric"]["Dimensions"]) for one in queries if "MetricStat" in one}
+
+    assert "Name" not in api  # it has its document's title then
+    assert {one["Name"]: one["Value"] for one in json.loads(named)} == {
+        "ApiName": api["Body"]["info"]["title"],
+        "Stage": stage["StageName"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("variant", "told", "budget"), [("bare", 0, 0), ("email", 1, 0), ("budget", 0, 1), ("prod", 1, 1)]
+)
+def test_a_mail_and_a_budget_are_there_only_where_they_are_asked_for(expanded, variant, told, budget):
+    resources = read(expanded, variant)
+
+    assert len(only(resources, "Topic")) == told
+    assert ("OverBudget" in only(resources, "Alarm")) == budget
+    assert len(only(resources, "Dashboard")) == 1
 
 
 # The deployment

@@ -63,6 +63,10 @@ def test_a_secret_that_stands_in_the_file_is_refused_without_being_shown(read, n
         ({"DEPLOY_DOMAIN": "api.example.com"}, "go together"),
         ({"DEPLOY_CERTIFICATE_ARN": ARN}, "go together"),
         ({"DEPLOY_RESERVED_CONCURRENCY": "0"}, "DEPLOY_RESERVED_CONCURRENCY is malformed"),
+        ({"DEPLOY_ALARM_EMAIL": "ops"}, "DEPLOY_ALARM_EMAIL is malformed"),
+        ({"DEPLOY_DAILY_USD": "0.00"}, "DEPLOY_DAILY_USD is malformed"),
+        ({"SERVICE_NAME": "mine"}, r"SERVICE_NAME is set by \./deploy itself"),
+        ({"START_DEADLINE": "ssm:/ob/START"}, "START_DEADLINE must stand here itself"),
         ({"API_KEY_HASHES": ",".join(["f" * 64] * 70)}, "a function's environment holds 4096"),
     ],
 )  # fmt: skip
@@ -78,10 +82,10 @@ def test_callbacks_come_to_the_domain_unless_they_should_go_elsewhere(read):
     assert read(**domain, PUBLIC_BASE_URL="https://other.example")["PUBLIC_BASE_URL"] == "https://other.example"
 
 
-def test_the_functions_get_settings_and_what_keeps_their_memory_small():
+def test_the_functions_get_settings_what_keeps_their_memory_small_and_the_stacks_name():
     values = {**VALUES, "DEPLOY_RESERVED_CONCURRENCY": "5"}
 
-    assert template.environment(values) == VALUES | {"MALLOC_ARENA_MAX": "2"}
+    assert template.environment(values) == VALUES | {"MALLOC_ARENA_MAX": "2", "SERVICE_NAME": {"Ref": "AWS::StackName"}}
 
 
 def dist(name, version, *files):
@@ -167,7 +171,7 @@ def stack(monkeypatch, tmp_path):
         cli = Cli(
             **{
                 "get-caller-identity": (0, '{"Account": "123456789012"}', ""),
-                "describe-stacks": (0, json.dumps({"Stacks": [{"Outputs": [URL]}]}), ""),
+                "describe-stacks": (0, json.dumps({"Stacks": [{"Outputs": [URL, DASHBOARD]}]}), ""),
                 **{name.replace("_", "-"): answer for name, answer in answers.items()},
             }
         )
@@ -179,6 +183,7 @@ def stack(monkeypatch, tmp_path):
 
 
 URL = {"OutputKey": "EndpointURL", "OutputValue": "https://abc.execute-api.eu-west-1.amazonaws.com/v1/"}
+DASHBOARD = {"OutputKey": "DashboardURL", "OutputValue": "https://eu-west-1.console.aws.amazon.com/cloudwatch/home#…"}
 TARGET = {"OutputKey": "DomainTarget", "OutputValue": "d-abc.execute-api.eu-west-1.amazonaws.com"}
 
 
@@ -264,6 +269,14 @@ def test_every_command_is_shown_and_at_the_end_how_to_go_on(stack, capsys):
     assert "API: https://abc.execute-api.eu-west-1.amazonaws.com/v1\n" in said
     assert "PUBLIC_BASE_URL=https://abc.execute-api.eu-west-1.amazonaws.com/v1 into .env.prod" in said
     assert "tools.doctor" in said
+    assert "Dashboard: https://eu-west-1.console" in said
+    assert "is told of alarms" not in said
+
+
+def test_who_is_to_be_told_of_alarms_learns_what_to_confirm(stack, capsys):
+    stack({**VALUES, "DEPLOY_ALARM_EMAIL": "ops@example.com"})
+
+    assert "ops@example.com is told of alarms once the link in AWS's mail" in capsys.readouterr().out
 
 
 def test_for_a_domain_the_name_to_point_to_is_said(stack, capsys):
