@@ -28,7 +28,7 @@ CRASHED = ("internal_error", "Something failed inside the service; it is in the 
 
 # Of Cloudflare's API calls, that a request leaves for others: who asks for the rounds and for who creates, all for the
 # rounds. A round makes some twenty in five minutes, and more only where jobs end.
-KEPT_CALLS = {Right.READ: 100, Right.WRITE: 50, Right.ADMIN: 50}
+KEPT_CALLS = {Right.READ: 150, Right.WRITE: 50, Right.ADMIN: 50}
 
 ANONYMOUS = "anonymous"  # who calls without a key, where that is allowed
 

@@ -8,6 +8,7 @@ import pytest
 from jsonschema_rs import ValidationError
 
 from chalicelib import pipeline, store
+from chalicelib.metrics import METRICS
 from tests.alarms import ALARM, INSUFFICIENT, OK, evaluate, next_state, read
 from tools import Problem, alarms
 
@@ -16,16 +17,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 STACK = "ob-ai-studio-prod"
 BEGIN = 1_795_400_040  # a whole minute
 TOLD = {"DEPLOY_ALARM_EMAIL": "ops@example.com", "DEPLOY_DAILY_USD": "10"}
-# What the service writes, by unit.
-METRICS = {
-    **dict.fromkeys(("Queued", "Running", "Storing", "DeadLetters", "SpooledFiles", "PausedEndpoints"), "Count"),
-    **dict.fromkeys(("OldestQueued", "OldestRunning", "OldestWithoutWorker", "OldestStoring"), "Seconds"),
-    "SpooledBytes": "Bytes",
-    "RoundSeconds": "Seconds",
-    **dict.fromkeys(("Rounds", "RoundsFailed", "D1Calls", "D1CallsLeft", "StoresFailed"), "Count"),
-    **dict.fromkeys(("Submits", "Done", "Cancelled", "Errors"), "Count"),
-    **dict.fromkeys(("CostUSD", "WastedUSD"), "None"),
-}
 RUNBOOKS = {
     "deploy", "rotate a key", "R2 outage", "D1 lock-out", "stuck endpoint", "restore", "upgrade", "costs",
     "the first hour with an alarm",

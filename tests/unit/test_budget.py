@@ -38,13 +38,13 @@ def bench(client, bench):
 
 def test_with_few_calls_left_those_who_ask_are_told_when_to_come_again(client, cloud, bench):
     job_id = bench.create()
-    leave(cloud, bench, 99)
+    leave(cloud, bench, 149)
 
     for path in ("/api/jobs", f"/api/queue/status?id={job_id}", f"/api/jobs/{job_id}", "/api/stats"):
         status, answer, headers = call(client, "GET", path)
         assert (status, answer["code"], headers["Retry-After"]) == (503, "d1_few_calls", str(int(SECONDS))), path
-    assert "99 of Cloudflare's API calls are left" in answer["error"]
-    assert cloud._rate_limit.calls_left() == 99
+    assert "149 of Cloudflare's API calls are left" in answer["error"]
+    assert cloud._rate_limit.calls_left() == 149
     assert call(client, "GET", "/api/models")[0] == call(client, "GET", "/api/health")[0] == 200
 
 
