@@ -17,7 +17,7 @@ from chalicelib.runtime import Clock
 from chalicelib.wire import Wire
 from tests.conftest import put
 from tools.cloud import LocalCloud, Request
-from tools.cloud.cors import Cors
+from tools.cloud.cors import of_file
 from tools.cloud.render import draw
 
 PNG = draw("a cat")
@@ -155,13 +155,37 @@ def test_r2_forbids_a_page_what_no_rule_allows(settings, other):
 def test_a_rule_may_be_for_one_origin(tmp_path):
     rule = {"AllowedOrigins": ["https://page.example"], "AllowedMethods": ["GET"]}
     (tmp_path / "rules.json").write_text(json.dumps([rule]))
-    cors = Cors(tmp_path / "rules.json")
+    cors = of_file(tmp_path / "rules.json")
 
     def told(origin):
         return cors.headers(Request("GET", "/r2/b/k", headers={"origin": origin}))
 
     assert told("https://page.example")["Access-Control-Allow-Origin"] == "https://page.example"
     assert told("https://other.example") == {}
+
+
+def test_a_bucket_that_was_made_is_one_of_its_own_and_goes_by_its_own_rules(cloud_server, settings, tmp_path):
+    api = f"{settings['CLOUDFLARE_API_BASE']}/accounts/{settings['CLOUDFLARE_ACCOUNT_ID']}/r2/buckets"
+    auth = {"Authorization": f"Bearer {settings['CLOUDFLARE_API_TOKEN']}"}
+    made, again = (requests.post(api, headers=auth, json={"name": "other"}, timeout=10) for _ in range(2))
+    other = {**settings, "R2_ENDPOINT_URL": f"{settings['R2_ENDPOINT_URL']}/other"}
+    s3_form = {"rules": [{"AllowedOrigins": ["*"], "AllowedMethods": ["PUT"]}]}
+    rules = {"rules": [{"allowed": {"origins": ["*"], "methods": ["PUT"], "headers": ["content-type"]}}]}
+
+    before = preflight(other)
+    refused = requests.put(f"{api}/other/cors", headers=auth, json=s3_form, timeout=10)
+    requests.put(f"{api}/other/cors", headers=auth, json=rules, timeout=10)
+    put(bucket(settings, bucket="other"), "k", PNG)
+    database = requests.post(api.replace("r2/buckets", "d1/database"), headers=auth, json={"name": "x"}, timeout=10)
+
+    assert (made.status_code, again.status_code, refused.status_code) == (200, 409, 400)
+    assert (before.status_code, preflight(other).headers["Access-Control-Allow-Methods"]) == (403, "PUT")
+    assert not list(cloud_server.cloud.r2._folder.glob("*.json"))
+    reopened = LocalCloud(tmp_path / "served", base_url=cloud_server.base_url)
+    assert reopened.cloudflare._r2["other"].read("k").body == PNG
+    assert reopened.cloudflare._r2["other"].cors.rules == rules["rules"]
+    assert database.json()["result"]["uuid"] in reopened.cloudflare._d1
+    reopened.close()
 
 
 def test_a_page_may_read_at_the_public_address_also_in_pieces(settings):

@@ -91,6 +91,7 @@ class LocalCloud:
         latency: float = 0.0,
         rate_limited: bool = False,
     ) -> None:
+        from tools.cloud.cloudflare import Cloudflare
         from tools.cloud.d1 import D1
         from tools.cloud.faults import Faults
         from tools.cloud.r2 import R2, PublicBucket
@@ -106,12 +107,13 @@ class LocalCloud:
         self.d1 = D1(folder / "d1.sqlite", self.account)
         self.r2 = R2(folder / "r2", self.account, host=base_url.partition("//")[2], clock=clock)
         self.runpod = Runpod(folder / "runpod.sqlite", self.account, results_url=f"{base_url}/results", clock=clock)
+        self.cloudflare = Cloudflare(folder, self.account, self.d1, self.r2)
         self._rate_limit = RateLimit(clock) if rate_limited else None
         self._faults = Faults(self._rate_limit, (self.account.endpoint_id, *self.account.endpoints))
         self._parts = {
             "/client/v4/": ("d1", self._cloudflare),
             "/v2/": ("runpod", self.runpod.handle),
-            "/r2/": ("r2", self.r2.handle),
+            "/r2/": ("r2", self.cloudflare.s3),
             "/cdn/": ("cdn", PublicBucket(self.r2).handle),
             "/results/": ("results", Results(self.runpod).handle),
         }
@@ -132,10 +134,12 @@ class LocalCloud:
         )
 
     def _cloudflare(self, request: Request) -> Answer:
-        return self._rate_limit.handle(request, self.d1.handle) if self._rate_limit else self.d1.handle(request)
+        answer = self.cloudflare.handle
+        return self._rate_limit.handle(request, answer) if self._rate_limit else answer(request)
 
     def close(self) -> None:
         """Let go of the files."""
+        self.cloudflare.close()
         self.d1.close()
         self.runpod.close()
 

@@ -1,4 +1,4 @@
-"""What a bucket tells pages of other origins, by the rules in r2-cors.json, which are those of the real bucket too."""
+"""What a bucket tells pages of other origins, by its rules; those of the first bucket are in r2-cors.json."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,10 @@ RULES = Path(__file__).parents[2] / "r2-cors.json"
 
 
 class Cors:
-    """The rules of one bucket."""
+    """The rules of one bucket, as Cloudflare's API has them."""
 
-    def __init__(self, path: Path = RULES) -> None:
-        self._rules: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    def __init__(self, rules: list[dict[str, Any]]) -> None:
+        self.rules = rules
 
     def preflight(self, request: Request) -> Answer | None:
         """The answer to a browser that asks what it may do; None where it may not."""
@@ -24,9 +24,9 @@ class Cors:
             return None
         allowed = {
             "Access-Control-Allow-Origin": _origin(rule, request),
-            "Access-Control-Allow-Methods": ", ".join(rule["AllowedMethods"]),
-            "Access-Control-Allow-Headers": ", ".join(rule.get("AllowedHeaders", [])),
-            "Access-Control-Max-Age": str(rule.get("MaxAgeSeconds", 0)),
+            "Access-Control-Allow-Methods": ", ".join(rule["allowed"]["methods"]),
+            "Access-Control-Allow-Headers": ", ".join(rule["allowed"].get("headers", [])),
+            "Access-Control-Max-Age": str(rule.get("maxAgeSeconds", 0)),
         }
         return Answer(204, b"", allowed)
 
@@ -37,18 +37,36 @@ class Cors:
             return {}
         return {
             "Access-Control-Allow-Origin": _origin(rule, request),
-            "Access-Control-Expose-Headers": ", ".join(rule.get("ExposeHeaders", [])),
+            "Access-Control-Expose-Headers": ", ".join(rule.get("exposeHeaders", [])),
         }
 
     def _rule(self, request: Request, method: str, names: set[str]) -> dict[str, Any] | None:
         origin = request.headers.get("origin")
-        for rule in self._rules:
-            allowed = {name.lower() for name in rule.get("AllowedHeaders", [])}
-            known = origin and not {origin, "*"}.isdisjoint(rule["AllowedOrigins"])
-            if known and method in rule["AllowedMethods"] and names <= allowed:
+        for rule in self.rules:
+            allowed = {name.lower() for name in rule["allowed"].get("headers", [])}
+            known = origin and not {origin, "*"}.isdisjoint(rule["allowed"]["origins"])
+            if known and method in rule["allowed"]["methods"] and names <= allowed:
                 return rule
         return None
 
 
 def _origin(rule: dict[str, Any], request: Request) -> str:
-    return "*" if "*" in rule["AllowedOrigins"] else request.headers["origin"]
+    return "*" if "*" in rule["allowed"]["origins"] else request.headers["origin"]
+
+
+def of_file(path: Path = RULES) -> Cors:
+    """The rules of a file, which has S3's form."""
+    return Cors(
+        [
+            {
+                "allowed": {
+                    "origins": rule["AllowedOrigins"],
+                    "methods": rule["AllowedMethods"],
+                    "headers": rule.get("AllowedHeaders", []),
+                },
+                "exposeHeaders": rule.get("ExposeHeaders", []),
+                "maxAgeSeconds": rule.get("MaxAgeSeconds", 0),
+            }
+            for rule in json.loads(path.read_text(encoding="utf-8"))
+        ]
+    )

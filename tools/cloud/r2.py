@@ -22,7 +22,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
 from tools.cloud import Account, Answer, Request
-from tools.cloud.cors import Cors
+from tools.cloud.cors import of_file
 
 AUTHORIZATION = re.compile(
     r"AWS4-HMAC-SHA256 Credential=([^/]+)/\d{8}/auto/s3/aws4_request, ?SignedHeaders=([^,]+), ?Signature=([0-9a-f]{64})"
@@ -46,7 +46,7 @@ class R2:
         self._account = account
         self._host = host
         self._clock = clock
-        self.cors = Cors()
+        self.cors = of_file()
         self._uploads.mkdir(parents=True, exist_ok=True)
 
     def handle(self, request: Request) -> Answer:
@@ -82,6 +82,11 @@ class R2:
             case "GET" if query.get("list-type") == "2":
                 return self._list(query)
         return _error(501, "NotImplemented", f"{request.method} of this is not implemented here.")
+
+    def beside(self, bucket: str) -> "R2":
+        """Another bucket of the same account."""
+        folder = self._folder.with_name(f"{self._folder.name}-{bucket}")
+        return R2(folder, replace(self._account, bucket=bucket), host=self._host, clock=self._clock)
 
     def read(self, key: str, *, head: bool = False) -> Answer | None:
         """The object as it is served, None where there is none."""
