@@ -54,7 +54,8 @@ ERRORS = {
     "d1_bad_answer": LATER,
     "d1_unauthorized": TOKEN,
     "d1_account": "Set CLOUDFLARE_ACCOUNT_ID to the account of the token and the database (`npx wrangler whoami`).",
-    "d1_not_found": "Set D1_DATABASE_ID to the id that `npx wrangler d1 list` shows for this account.",
+    "d1_not_found": "Set D1_DATABASE_ID to the id that `npx wrangler d1 list` shows for this account; or take the line "
+    "out, and `python -m tools.provision` finds or makes one.",
     "d1_read_only": TOKEN,
     "d1_quota": "It begins anew at 00:00 UTC; the paid plan has no daily limit.",
     "d1_rate_limited": "Wait five minutes. Something else that uses Cloudflare's API may be busy: 1,200 calls in five "
@@ -72,7 +73,7 @@ ERRORS = {
     "r2_signature": R2_TOKEN,
     "r2_denied": R2_TOKEN,
     "r2_refused": R2_TOKEN,
-    "r2_no_bucket": "Set R2_BUCKET to the name of a bucket of this account, or make it: npx wrangler r2 bucket create.",
+    "r2_no_bucket": "Set R2_BUCKET to the name of a bucket of this account, or make it: `python -m tools.provision`.",
     "r2_clock": "Let the machine set its clock by the network (NTP).",
     "r2_checksum": "Something on the way changes uploads, or boto3 is not the version of requirements-dev.txt.",
     "r2_failed": LATER,
@@ -120,7 +121,8 @@ WARNINGS = {
     "d1_few_calls": "Something uses up Cloudflare's 1,200 calls in five minutes; over them the account is locked out.",
     "d1_newer_schema": "Deploy the code that the database was made for; this code is older.",
     "d1_drift": "Run `python -m tools.schema --check` with the same --env, which says what differs.",
-    "r2_no_cors": "Set the bucket's CORS policy to r2-cors.json, in its settings; until then only pages cannot upload.",
+    "r2_no_cors": "`python -m tools.provision` sets the bucket's CORS policy, or paste r2-cors.json into its settings; "
+    "until then only pages cannot upload.",
     "r2_not_deleted": "Remove it by hand; it does no harm.",
     "workers_scaled_to_zero": "Nothing, if the first job may wait for a worker to start; else set active workers to 1.",
     "workers_starting": "Wait; if it stays so, look at a worker's log in RunPod.",

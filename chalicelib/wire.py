@@ -40,6 +40,7 @@ NAMES = {
     "public": "The bucket's public address",
     "webhook": "The address for RunPod's callbacks",
     "callback": "The callback's receiver",
+    "cloudflare": "Cloudflare's API",
 }
 
 

@@ -294,7 +294,7 @@ def wire(cloud: LocalCloud, faults: Faults, s3: Any, d1_engine: D1Engine) -> Ite
         return status, *(more or [{}]), body if isinstance(body, str) else json.dumps(body)
 
     with responses.RequestsMock(assert_all_requests_are_fired=False) as mock:
-        for method in ("GET", "POST"):
+        for method in ("GET", "POST", "PUT"):
             mock.add_callback(method, re.compile(r"http://cloud\.test:8001/.*"), callback=answer)
         if d1_engine.local is None:
             mock.add_passthru(d1_engine.settings["CLOUDFLARE_API_BASE"])

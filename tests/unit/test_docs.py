@@ -208,6 +208,7 @@ def test_every_file_of_the_service_is_in_the_map():
         ".venv/bin/python -m tools.schema --check",
         ".venv/bin/python -m tools.doctor --draw",
         ".venv/bin/python -m tools.doctor --list",
+        ".venv/bin/python -m tools.provision --env .env.prod --apply",
         ".venv/bin/python -m tools.backup export",
         ".venv/bin/python -m tools.backup restore",
     ],
