@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from chalicelib.r2 import R2
     from chalicelib.reads import Reads
     from chalicelib.reasons import Reasons
+    from chalicelib.removal import Removal
     from chalicelib.results import Results
     from chalicelib.runpod import Runpod
     from chalicelib.saver import Saver
@@ -312,27 +313,30 @@ class Service:
             courier=lambda: self.courier,
             uploads=lambda: self.uploads,
             reasons=lambda: self._reasons,
+            removal=lambda: self._removal,
+            retention_days=self.settings.retention_days,
             skip_idle_rounds=self.settings.skip_idle_rounds,
             new_crew=self._machine.new_crew,
         )
 
     @part
+    def _removal(self) -> "Removal":
+        from chalicelib.removal import Removal
+
+        return Removal(
+            store=self.store, bucket=self.bucket, clock=self.clock, rng=self._rng, new_crew=self._machine.new_crew
+        )
+
+    @part
     def verbs(self) -> "Verbs":
         """What users do to jobs."""
-        from chalicelib.removal import Removal
         from chalicelib.verbs import Verbs
 
         return Verbs(
             store=self.store,
             reads=self.reads,
             steps=self._steps,
-            removal=Removal(
-                store=self.store,
-                bucket=self.bucket,
-                clock=self.clock,
-                rng=self._rng,
-                new_crew=self._machine.new_crew,
-            ),
+            removal=self._removal,
             pipeline=self.pipeline,
             clock=self.clock,
             rng=self._rng,

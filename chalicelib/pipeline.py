@@ -35,6 +35,7 @@ from chalicelib.webhooks import Webhooks
 if TYPE_CHECKING:
     from chalicelib.courier import Courier
     from chalicelib.reasons import Reasons
+    from chalicelib.removal import Removal
     from chalicelib.uploads import Uploads
 
 ROUNDS = 4  # a minute
@@ -66,6 +67,8 @@ class Pipeline:
     courier: "Callable[[], Courier]"
     uploads: "Callable[[], Uploads]"
     reasons: "Callable[[], Reasons]"
+    removal: "Callable[[], Removal]"
+    retention_days: int = 0
     skip_idle_rounds: bool = False
     new_crew: Callable[[int], Crew] = Crew
     doubtful: DoubtfulClaim = field(default_factory=DoubtfulClaim)
@@ -276,7 +279,9 @@ class Pipeline:
         with self.new_crew(ERRANDS) as errands:
             errands.start(lambda: self.courier().run(deadline))
             if self.clock.now().minute % SWEEP_EVERY == 0:
-                errands.start(lambda: self._sweep(deadline))
+                errands.start(lambda: self._clear("uploads", lambda: self.uploads().sweep(deadline)))
+                if self.retention_days:
+                    errands.start(lambda: self._clear("jobs", lambda: self._retire(deadline)))
             reports = self._rounds(deadline, errands)
             while errands.busy:
                 errands.wait(1.0)
@@ -304,13 +309,17 @@ class Pipeline:
             slot = max(slot + 1, math.ceil((self.clock.monotonic() - start) / ROUND_EVERY))
         return reports
 
-    def _sweep(self, deadline: Deadline) -> None:
+    def _retire(self, deadline: Deadline) -> None:
+        self.removal().retire(deadline, days=self.retention_days)
+
+    def _clear(self, what: str, clear: Callable[[], object]) -> None:
+        """Remove what is not needed any more; what fails is done the next time."""
         try:
-            self.uploads().sweep(deadline)
+            clear()
         except ServiceError as error:
-            log.failed("uploads_not_swept", error)
+            log.failed(f"{what}_not_cleared", error)
         except Exception:
-            log.crashed("sweep_crashed")
+            log.crashed("clearing_crashed")
 
     def _tell_why_runs_wait(self, waiting: Mapping[str, float]) -> None:
         """Log it of endpoints at which that needs a hand, so that it is known though nobody asks for a job."""

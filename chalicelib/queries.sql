@@ -588,12 +588,22 @@ ON CONFLICT DO NOTHING
 RETURNING job_id, event, CAST(json_extract(detail, '$.attempt') AS INTEGER) AS attempt
 
 
+-- name: find_ended_before
+-- The oldest jobs that ended before then, but for dead letters, whose pictures are paid for.
+SELECT id
+FROM jobs
+WHERE created_at < :before AND +status IN ('done', 'error', 'cancelled') AND dead_at IS NULL
+  AND coalesce(finished_at, updated_at, created_at) < :before AND typeof(id) = 'text'
+ORDER BY created_at, id
+LIMIT CAST(:limit AS INTEGER)
+
+
 -- name: mark_deleted
 -- Before the first file goes, so that no verb can go on from a job whose files are half gone. It stays marked until all is.
 UPDATE jobs
 SET deleted_at = :now, version = version + 1, writer = :nonce, claimer = NULL, updated_at = :now
 WHERE id IN (SELECT value FROM json_each(:ids)) AND deleted_at IS NULL
-  AND +status IN (SELECT value FROM json_each(:statuses))
+  AND +status IN (SELECT value FROM json_each(:statuses)) AND (:dead_too OR dead_at IS NULL)
 
 
 -- name: log_marked

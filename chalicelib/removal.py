@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from random import Random
 
@@ -14,6 +15,10 @@ from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.store import Store, new_nonce
 
 DELETE_TIMEOUT = 6.0  # seconds
+RETIRED_AT_ONCE = 500  # jobs
+RETIRED_TOGETHER = 50
+RETIRE_BUDGET = 20.0  # seconds that must be left to begin with more
+RETENTION = "retention"  # by whom they are removed, in their timelines
 THREADS = 16  # that remove files side by side
 OWN_FILE = re.compile(r"(\d+/)?output(-\d+)?\.\w+")  # within a job's folder; the id of another job may begin like it
 
@@ -29,17 +34,18 @@ class Removal:
     new_crew: Callable[[int], Crew] = Crew
 
     def remove(
-        self, ids: list[str], deadline: Deadline, *, statuses: tuple[str, ...], by: str
+        self, ids: list[str], deadline: Deadline, *, statuses: tuple[str, ...], by: str, dead_too: bool = True
     ) -> dict[str, ServiceError | None]:
         """
-        Delete these jobs, if they have one of the statuses: of each why it was not done, None where it is gone. Raises
-        what D1 raises.
+        Delete these jobs, if they have one of the statuses and, unless these are meant too, are no dead letters: of
+        each why it was not done, None where it is gone. Raises what D1 raises.
 
         A row is marked first and goes last. In between no other verb can touch it, and a repeat goes on with it.
         """
         rows, gone = self.store.mark_deleted(
             ids,
             statuses=statuses,
+            dead_too=dead_too,
             by=by,
             nonce=new_nonce(self.rng),
             now=self.clock.now(),
@@ -52,6 +58,24 @@ class Removal:
         if emptied:
             self.store.delete(emptied, by=by, now=self.clock.now(), timeout=deadline.cap(DELETE_TIMEOUT))
         return came
+
+    def retire(self, deadline: Deadline, *, days: int) -> int:
+        """
+        Remove the jobs that ended before so many days, oldest first, at most RETIRED_AT_ONCE, and fewer where the time
+        is short; how many. Raises what D1 raises. A job that cannot be removed now is found again.
+        """
+        before = self.clock.now() - timedelta(days=days)
+        removed = 0
+        while removed < RETIRED_AT_ONCE and deadline.left() > RETIRE_BUDGET:
+            ids = self.store.ended_before(before, limit=RETIRED_TOGETHER, timeout=deadline.cap(DELETE_TIMEOUT))
+            came = self._retire(ids, deadline) if ids else {}
+            removed += sum(refusal is None for refusal in came.values())
+            if len(ids) < RETIRED_TOGETHER or any(came.values()):
+                break
+        return removed
+
+    def _retire(self, ids: list[str], deadline: Deadline) -> dict[str, ServiceError | None]:
+        return self.remove(ids, deadline, statuses=tuple(FINAL), by=RETENTION, dead_too=False)
 
     def _why_not(self, job: Job | None, gone: bool) -> ServiceError | None:
         if job is None:

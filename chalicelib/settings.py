@@ -67,6 +67,12 @@ def _deadline(value: str) -> int:
     return int(value)
 
 
+def _days(value: str) -> int:
+    if value != "0" and _count(value) < 2:
+        raise ValueError("0, or 2 or more: what is told of a job's end may take more than a day")
+    return int(value)
+
+
 def _secret(value: str) -> str:
     if value and len(value) < 16:
         raise ValueError("16 characters or more, hard to guess")
@@ -178,6 +184,12 @@ class Settings:
         "Jobs that may be unfinished at once, queued or running; a create beyond that is refused with 429",
         _count,
         default="10000",
+    )
+    retention_days: int = _setting(
+        "Days after its end from which on a job is removed with its files, but no dead letter; 0: all are kept for "
+        "good",
+        _days,
+        default="0",
     )
     public_base_url: str = _setting(
         "Where RunPod reaches this API, to tell of a run's end; empty: every end is found by polling",

@@ -295,14 +295,28 @@ class Store:
         ]
         return [Job.from_row(row) for row in self._run(names, values, timeout=timeout)[-1]]
 
+    def ended_before(self, before: datetime, *, limit: int, timeout: float) -> list[str]:
+        """The ids of the oldest jobs that ended before then, but for dead letters."""
+        (rows,) = self._run(["find_ended_before"], {"before": to_text(before), "limit": limit}, timeout=timeout)
+        return [row["id"] for row in rows]
+
     def mark_deleted(
-        self, ids: list[str], *, statuses: tuple[str, ...], by: str, nonce: str, now: datetime, timeout: float
+        self,
+        ids: list[str],
+        *,
+        statuses: tuple[str, ...],
+        dead_too: bool,
+        by: str,
+        nonce: str,
+        now: datetime,
+        timeout: float,
     ) -> tuple[list[Job], set[str]]:
         """
-        Let no verb touch those jobs any more that have one of the statuses, which are final. The rows as they are then,
-        and the ids of jobs that were deleted before.
+        Let no verb touch those jobs any more that have one of the statuses, which are final, and dead letters only if
+        they are meant, too. The rows as they are then, and the ids of jobs that were deleted before.
         """
         values = {
+            "dead_too": dead_too,
             "ids": json.dumps(ids),
             "statuses": json.dumps(statuses),
             "by": by,

@@ -139,7 +139,7 @@ def test_a_failed_job_is_counted_by_its_code(client, clock, lines):
     call(client, "POST", "/api/queue/create", {"input": wish})
     poll(client, clock)
 
-    (line,) = [line for line in lines() if "Errors" in line]
+    (line,) = [line for line in lines() if line.get("Errors")]
     assert (line["message"], line["Code"], line["Errors"]) == ("failed", "worker_failed", 1)
     (told,) = line["_aws"]["CloudWatchMetrics"]
     assert told["Dimensions"] == [["Service"], ["Service", "Code"]]
