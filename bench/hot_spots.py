@@ -74,7 +74,7 @@ def show(stats: pstats.Stats) -> None:
     """The functions that take most."""
     rows = [
         (own / COUNT * 1000, calls / COUNT, f"{Path(file).name}:{name}" if line else name)
-        for (file, line, name), (_, calls, own, _, _) in stats.stats.items()  # type: ignore[attr-defined]
+        for (file, line, name), (_, calls, own, _, _) in stats.stats.items()
         if not any(wait in name for wait in WAITS)
     ]
     print("| function | calls a job | ms a job |\n|---|---|---|")

@@ -39,7 +39,7 @@ class Recorder:
     def __init__(self) -> None:
         self.sent: list[Sent] = []
         self._open = Wire.open
-        Wire.open = lambda wire, *args, **kwargs: self._record(wire, *args, **kwargs)  # type: ignore[method-assign]
+        Wire.open = lambda wire, *args, **kwargs: self._record(wire, *args, **kwargs)
 
     def _record(self, wire: Wire, service: str, method: str, url: str, **kwargs: Any) -> Any:
         self.sent.append((service, url, dict(kwargs["headers"]), kwargs["body"] or b""))
@@ -74,7 +74,7 @@ class Bare:
     def __init__(self, calls: list[Sent], job_id: str) -> None:
         self._calls = calls
         self._job_id = job_id.encode()
-        self._run_id = re.search(rb'"runpod_job_id\W+([0-9a-f-]+-u1)', calls[-1][3].replace(b"\\", b""))[1]  # type: ignore[index]
+        self._run_id = re.search(rb'"runpod_job_id\W+([0-9a-f-]+-u1)', calls[-1][3].replace(b"\\", b""))[1]
         self._session = requests.Session()
         self._session.trust_env = False
 

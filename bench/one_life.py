@@ -51,7 +51,7 @@ class Meter:
                     self.rows_written += part["meta"].get("rows_written", 0)
             return reply
 
-        Wire.exchange = exchange  # type: ignore[method-assign]
+        Wire.exchange = exchange
 
 
 class Context:
@@ -90,9 +90,9 @@ def logged() -> Iterator[io.StringIO]:
     log.begin("bench")
     handler = log._logger.handlers[0]
     lines = io.StringIO()
-    stream, handler.stream = handler.stream, lines  # type: ignore[attr-defined]
+    stream, handler.stream = handler.stream, lines
     yield lines
-    handler.stream = stream  # type: ignore[attr-defined]
+    handler.stream = stream
 
 
 def life(given: dict[str, str]) -> dict[str, Figures]:

@@ -98,6 +98,7 @@ ERRORS = {
     "and look at the account's balance.",
     "workers_throttled": "RunPod has no free GPU of the kinds chosen: add kinds or regions in the endpoint's settings.",
     "workers_unhealthy": "Look at a worker's log in RunPod: its image does not start, or crashes.",
+    "endpoint_errors": "Mend what the sentence names. Then one job tries it by itself; POST /dev/runpod does at once.",
     "webhook_unreachable": "Check PUBLIC_BASE_URL: it is the address that `./deploy aws` printed, or your own domain.",
     "webhook_bad_certificate": "Check the name in PUBLIC_BASE_URL, and the domain's certificate.",
     "webhook_timeout": LATER,

@@ -145,7 +145,7 @@ class _HTTP(HTTPConnection):
     def getresponse(self) -> HTTPResponse:  # type: ignore[override]  # as urllib3 itself does
         # requests would parse cookies, though none is ever sent, and a header made for it keeps it busy for a minute.
         response = super().getresponse()
-        message = getattr(response, "_original_response").msg  # noqa: B009, which mypy does not know of
+        message = getattr(response, "_original_response").msg  # noqa: B009  # mypy does not know of it
         del message["Set-Cookie"], message["Set-Cookie2"]
         return response
 

@@ -95,14 +95,14 @@ class Health:
         there = self.store.tables(timeout=deadline.cap(ONE_CALL))
         if "jobs" not in there:
             return [Finding("d1", "The database has no table `jobs`.", "d1_no_tables")]
-        if "schema_changes" not in there or "job_events" not in there:
-            return [Finding("d1", "The tables are those of the earlier version.", "d1_old_schema")]
+        if not {"schema_changes", "job_events", "endpoint_faults"} <= there:
+            return [Finding("d1", "The tables are those of an earlier version.", "d1_old_schema")]
         now = self.clock.now()
         said = self.store.survey(
             now=now, overdue=OVERDUE, forgotten=FORGOTTEN, recent=RECENT, timeout=deadline.cap(ONE_CALL)
         )
         off = said.now - self.clock.now().timestamp()
-        return [*self._d1_itself(said), *_clock(off), *_schedule(said), *_jobs(said)]
+        return [*self._d1_itself(said), *_clock(off), *_schedule(said), *_paused(said), *_jobs(said)]
 
     def _d1_itself(self, said: Survey) -> list[Finding]:
         change, left = said.schema_change or 0, self.store.calls_left()
@@ -250,6 +250,18 @@ def _schedule(said: Survey) -> list[Finding]:
     return [Finding("schedule", "No job is overdue.")]
 
 
+def _paused(said: Survey) -> list[Finding]:
+    return [
+        Finding(
+            "endpoints",
+            f"The endpoint {row['endpoint_id']} answers only errors ({row['failures']} {row['kind']}s in a row); "
+            f"nothing is sent there until {row['paused_until']}. {row['sentence']}",
+            "endpoint_errors",
+        )
+        for row in said.paused
+    ] or [Finding("endpoints", "Jobs are sent to all of them.")]
+
+
 def _jobs(said: Survey) -> list[Finding]:
     found = []
     for line in said.failures:
@@ -307,6 +319,8 @@ def _callback(reply: Reply) -> Finding:
     code = said.get("code")
     if (reply.status, code) == (404, "job_not_found"):
         return Finding("webhook", "A callback reaches the deployed service, which knows it for genuine.")
+    if code == "webhook_later":
+        return Finding("webhook", "Callbacks are put off: there are too few calls to D1 for them.", "d1_few_calls")
     if code == "webhook_forbidden":
         sentence = "The deployed service does not know the callback for genuine: its WEBHOOK_SECRET is another one."
         return Finding("webhook", sentence, "webhook_other_secret")

@@ -23,7 +23,7 @@ OF_CODE = (AttributeError, TypeError, NameError, ImportError, ZeroDivisionError,
 _logger = logging.getLogger("ob-ai-studio")
 
 # What every line of one request, or of one minute of the schedule, has; threads of the crew have it too.
-_invocation: ContextVar[Mapping[str, str]] = ContextVar("invocation", default={})  # noqa: B039
+_invocation: ContextVar[Mapping[str, str]] = ContextVar("invocation", default={})  # noqa: B039  # it is never written to
 
 
 class _JsonLines(logging.Formatter):

@@ -949,6 +949,11 @@ SELECT
   )) AS never_seen
 
 
+-- name: select_paused
+-- The endpoints to which nothing is sent.
+SELECT endpoint_id, kind, failures, paused_until, sentence FROM endpoint_faults WHERE paused_until IS NOT NULL ORDER BY endpoint_id, kind LIMIT 20
+
+
 -- name: count_failures
 -- The newest jobs that were made since then and failed, by their code, with one of the sentences.
 SELECT error_code, count(*) AS jobs, max(error_message) AS example

@@ -70,14 +70,15 @@ class Claimed:
 @dataclass(frozen=True, kw_only=True)
 class Survey:
     """
-    What the tables say of how the service does: D1's clock in seconds, signs of the rounds, and jobs that failed by
-    code.
+    What the tables say of how the service does: D1's clock in seconds, signs of the rounds, endpoints that are paused,
+    and jobs that failed by code.
     """
 
     now: float
     schema_change: int | None
     dead_letters: int
     rounds: dict[str, int]
+    paused: list[Row]
     failures: list[Row]
 
 
@@ -400,9 +401,9 @@ class Store:
             "long_before": to_text(now - forgotten),
             "since": to_text(now - recent),
         }
-        names = ["prove_writing", "read_survey", "read_signs_of_rounds", "count_failures"]
-        _, (row,), (rounds,), failures = self._run(names, values, timeout=timeout)
-        return Survey(**row, rounds=rounds, failures=failures)
+        names = ["prove_writing", "read_survey", "read_signs_of_rounds", "select_paused", "count_failures"]
+        _, (row,), (rounds,), paused, failures = self._run(names, values, timeout=timeout)
+        return Survey(**row, rounds=rounds, paused=paused, failures=failures)
 
 
 def _measured(jobs: list[Row], spool: list[Row], waiting: list[Row]) -> Measured:

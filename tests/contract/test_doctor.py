@@ -127,7 +127,8 @@ SICKNESSES = {
     ),
     "d1_bad_answer": Sickness("D1 gave no usable answer (HTTP 502)", answers={D1: Answer(502, b"<html>")}),
     "d1_no_tables": Sickness("The database has no table `jobs`", sql="DROP TABLE jobs"),
-    "d1_old_schema": Sickness("The tables are those of the earlier version", sql="DROP TABLE schema_changes"),
+    "d1_old_schema": Sickness("The tables are those of an earlier version", sql="DROP TABLE schema_changes"),
+    "d1_old_schema: without a table": Sickness("those of an earlier version", sql="DROP TABLE endpoint_faults"),
     "d1_old_schema: a change behind": Sickness(
         "has change 1 of its schema", sql="DELETE FROM schema_changes WHERE number > 1"
     ),
@@ -154,6 +155,11 @@ SICKNESSES = {
         sql=row("empty", status="error", error_code="no_output", error_message="nothing came"),
     ),
     "dead_letters": Sickness("a result that could not be stored", sql=row("dead", status="error", dead_at=LONG_AGO)),
+    "endpoint_errors": Sickness(
+        "answers only errors (7 calls in a row); nothing is sent there until 2099. It refused the key.",
+        sql="INSERT INTO endpoint_faults (endpoint_id, kind, failures, paused_until, code, sentence, since) "
+        "VALUES ('e', 'call', 7, '2099', 'c', 'It refused the key.', '')",
+    ),
     "r2_unreachable": Sickness("R2 did not answer", R2_ENDPOINT_URL=NOWHERE),
     "r2_unauthorized": Sickness("R2 does not know the access key", R2_ACCESS_KEY_ID="wrong"),
     "r2_signature": Sickness("R2 says that the secret is not that of the access key", R2_SECRET_ACCESS_KEY="wrong"),
@@ -204,6 +210,11 @@ SICKNESSES = {
     "webhook_failing": Sickness(
         "cannot take callbacks (502 d1_unauthorized)",
         answers={HOOK: json_answer(502, {"ok": False, "code": "d1_unauthorized", "error": "D1 refused the token."})},
+        PUBLIC_BASE_URL="{base}/hook",
+    ),
+    "d1_few_calls": Sickness(
+        "Callbacks are put off",
+        answers={HOOK: json_answer(503, {"ok": False, "code": "webhook_later", "error": "Call again."})},
         PUBLIC_BASE_URL="{base}/hook",
     ),
     "webhook_half": Sickness("PUBLIC_BASE_URL is set, but WEBHOOK_SECRET is not", WEBHOOK_SECRET=""),
@@ -281,7 +292,8 @@ def test_nothing_is_wrong_with_a_healthy_service(healthy, cloud_server):
 
     assert [finding for finding in found if finding.level is not Level.OK] == []
     assert {finding.check for finding in found} == {
-        "settings", "models", "keys", "d1", "clock", "schedule", "jobs", "r2", "public", "spool", "runpod", "webhook",
+        "settings", "models", "keys", "d1", "clock", "schedule", "endpoints", "jobs", "r2", "public", "spool", "runpod",
+        "webhook",
     }  # fmt: skip
     print("\n" + "\n".join(map(doctor.lines, found)))
     assert not [path for path in (cloud_server.cloud.r2._folder).iterdir() if path.suffix == ".json"]

@@ -26,7 +26,7 @@ class Crowd:
 def run_crowd(count: int) -> Crowd:
     """Put that many waiting jobs into the table and run rounds until all have ended. Raises Violation."""
     faults = Faults()
-    faults.run_plan = _plan  # type: ignore[method-assign]
+    faults.run_plan = _plan
     with World(0, environment=ENVIRONMENT, faults=faults) as world:
         faults.counted["many_due"] += count
         world.invariants.watching = False

@@ -379,7 +379,7 @@ class RandomScenario(Scenario):
     def __init__(self, world: World) -> None:
         super().__init__(world)
         rng, faults = world.rng, world.faults
-        faults.run_plan = self._plan  # type: ignore[method-assign]
+        faults.run_plan = self._plan
         self._plans: dict[tuple[str, int], Plan] = {}
         world.at(rng.uniform(0.0, TICK), self.every_minute)
         for _ in range(rng.randint(2, 7)):

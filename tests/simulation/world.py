@@ -88,7 +88,7 @@ class Process:
             self.rounds.append(world.now)
             return run_round(*args, **kwargs)
 
-        service.pipeline.run_round = told_round  # type: ignore[method-assign]
+        service.pipeline.run_round = told_round
         return service
 
     def kill(self) -> None:

@@ -130,3 +130,29 @@ def test_lambda_gets_only_what_it_needs():
     ]  # fmt: skip
     assert (ROOT / "requirements-dev.txt").read_text().startswith("-r requirements.txt\n")
     assert "requirements-dev.txt" in (ROOT / "requirements.txt").read_text().splitlines()[0]
+
+
+IGNORED = re.compile(r"#\s*(noqa|type: ignore|mypy:|ruff:)")
+WITH_REASON = re.compile(r"# (noqa: [A-Z]+[0-9]+|type: ignore\[[a-z-]+\])  # \w+")
+
+
+def test_whatever_a_linter_passes_over_has_its_reason_beside_it():
+    folders = ("chalicelib", "tools", "tests", "bench")
+    paths = [ROOT / "app.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    lines = [
+        (path.name, line)
+        for path in paths
+        if path != Path(__file__)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if IGNORED.search(line)
+    ]
+
+    assert [line for line in lines if not WITH_REASON.search(line[1])] == []
+
+
+def test_whatever_the_linters_are_told_to_pass_over_has_its_reason_too():
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    passed_over = re.findall(r'^(?:  "[A-Z]+[0-9]+",.*|ignore_.* = true.*|.* = false.*)$', settings, flags=re.MULTILINE)
+
+    assert len(passed_over) == 6
+    assert [line for line in passed_over if not re.search(r"# \w+", line)] == []

@@ -1154,15 +1154,23 @@ def test_the_last_round_of_a_minute_stores_what_it_finds(bench, environment, spo
     assert bench.job(job_id).status == "done"
 
 
+def _noted(name, act, order):
+    """Does the same, and says so."""
+
+    def do(*args, **options):
+        order.append(name)
+        return act(*args, **options)
+
+    return do
+
+
 def test_a_result_that_is_at_hand_is_stored_before_others_are_looked_at(bench, monkeypatch):
     order = []
     monkeypatch.setattr("chalicelib.pipeline.THREADS", 1)
     monkeypatch.setattr("chalicelib.rounds.SAVE_EVERY", 0.0)
     steps = bench.service.pipeline.steps
     for name in ("poll", "store"):
-        act = getattr(steps, name)
-        spy = lambda job, *args, act=act, name=name, **more: (order.append(name), act(job, *args, **more))[1]  # noqa: E731
-        object.__setattr__(steps, name, spy)
+        object.__setattr__(steps, name, _noted(name, getattr(steps, name), order))
     for n in range(20):
         bench.create(f"cat {n}")
 
