@@ -279,9 +279,9 @@ class Pipeline:
         with self.new_crew(ERRANDS) as errands:
             errands.start(lambda: self.courier().run(deadline))
             if self.clock.now().minute % SWEEP_EVERY == 0:
-                errands.start(lambda: self._clear("uploads", lambda: self.uploads().sweep(deadline)))
+                errands.start(lambda: self._try("uploads_not_swept", lambda: self.uploads().sweep(deadline)))
                 if self.retention_days:
-                    errands.start(lambda: self._clear("jobs", lambda: self._retire(deadline)))
+                    errands.start(lambda: self._try("jobs_not_removed", lambda: self._retire(deadline)))
             reports = self._rounds(deadline, errands)
             while errands.busy:
                 errands.wait(1.0)
@@ -300,7 +300,8 @@ class Pipeline:
             report = self._guarded_round(deadline, measure=not any(one.measured for one in reports))
             for one in report:
                 if one.measured and one.measured.waiting:
-                    errands.start(partial(self._tell_why_runs_wait, one.measured.waiting))
+                    tell = partial(self._tell_why_runs_wait, one.measured.waiting)
+                    errands.start(partial(self._try, "waiting_not_told", tell))
             if any(job.callback_url for one in report for job in one.updated):
                 errands.start(lambda: self.courier().run(deadline))  # beside the rounds, which no receiver may delay
             reports += report
@@ -312,14 +313,14 @@ class Pipeline:
     def _retire(self, deadline: Deadline) -> None:
         self.removal().retire(deadline, days=self.retention_days)
 
-    def _clear(self, what: str, clear: Callable[[], object]) -> None:
-        """Remove what is not needed any more; what fails is done the next time."""
+    def _try(self, what: str, errand: Callable[[], object]) -> None:
+        """An errand that fails is done the next time."""
         try:
-            clear()
+            errand()
         except ServiceError as error:
-            log.failed(f"{what}_not_cleared", error)
+            log.failed(what, error)
         except Exception:
-            log.crashed("clearing_crashed")
+            log.crashed("errand_crashed")
 
     def _tell_why_runs_wait(self, waiting: Mapping[str, float]) -> None:
         """Log it of endpoints at which that needs a hand, so that it is known though nobody asks for a job."""

@@ -123,6 +123,8 @@ class Clouds:
         endpoint, verb, *rest = path.removeprefix("/v2/").split("/")
         if verb == "run":
             return self._accept(endpoint, json.loads(body), process)
+        if verb == "health":
+            return _json(200, {"workers": {}, "jobs": {}})
         run = self.runs.get(rest[0])
         now = self._world.now
         if run is None or run.endpoint != endpoint:

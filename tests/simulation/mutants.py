@@ -440,6 +440,48 @@ MUTANTS = [
         "            self._write_down(fetched, deadline)\n        with self.new_crew",
         "            pass\n        with self.new_crew",
     ),
+    Mutant(
+        "a claim does not look whether an endpoint is paused",
+        "queries.sql",
+        "          AND (deadline_at <= :now OR NOT ({is_paused}))\n",
+        "",
+    ),
+    Mutant(
+        "a create does not look whether an endpoint is paused",
+        "queries.sql",
+        "WHERE fault.endpoint_id = json_extract(value, '$.endpoint_id') AND fault.paused_until IS NOT NULL",
+        "WHERE false",
+    ),
+    Mutant(
+        "two jobs try a paused endpoint",
+        "queries.sql",
+        "SET probing = 1, paused_until = json_extract(:probes_until, '$.' || kind)\n",
+        "SET probing = 1\n",
+    ),
+    Mutant(
+        "an endpoint stays paused where its last job died",
+        "queries.sql",
+        "HAVING max(paused_until) <= :now",
+        "HAVING max(paused_until) <= :now AND NOT max(probing)",
+    ),
+    Mutant(
+        "what works does not end a pause",
+        "store.py",
+        '            names += ["forget_faults", "count_faults"]\n',
+        '            names += ["count_faults"]\n',
+    ),
+    Mutant(
+        "a claim does not look how many runs there are",
+        "queries.sql",
+        " AND (late OR nth + {at_runpod} <= CAST(:max_running AS INTEGER))",
+        "",
+    ),
+    Mutant(
+        "a create does not look how many runs there are",
+        "queries.sql",
+        " AND key + {at_runpod} < CAST(:max_running AS INTEGER)",
+        "",
+    ),
 ]
 
 

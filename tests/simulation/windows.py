@@ -1648,4 +1648,66 @@ def a_copy_that_no_job_was_made_for_is_swept(stage: Stage) -> None:
     stage.expect(not stage.world.clouds.r2.objects, "the copy was left")
 
 
+# Endpoints that fail, and how much RunPod has at once
+
+
+def _all_end_well(stage: Stage, jobs: list[str]) -> None:
+    """A run whose answer was lost is bought once more, no other."""
+    for job in jobs:
+        stage.ends(job, "done", runs=2 if "submit_unknown" in stage.timeline(job) else 1)
+
+
+@window()
+def an_endpoint_that_fails_every_call_is_left_alone(stage: Stage) -> None:
+    with stage.trouble("/run", BAD_GATEWAY):
+        jobs = [stage.new() for _ in range(12)]
+        stage.expect(sum(len(stage.runs(job)) for job in jobs) == 5, "more than five were sent")
+        stage.rounds(8)
+    lost = [job for job in jobs if "submit_unknown" in stage.timeline(job)]
+    stage.expect(len(lost) == 6, f"{len(lost)} may have been bought")  # one has tried it after a minute
+    stage.pass_time(120.0)
+    stage.rounds(2)
+    waiting = [job for job in jobs if stage.row(job)["step"] == "submit"]
+    stage.expect(not waiting, f"{len(waiting)} still wait, and one was taken")
+    _all_end_well(stage, jobs)
+
+
+@window()
+def one_job_alone_tries_it_again(stage: Stage) -> None:
+    with stage.trouble("/run", replace(BAD_GATEWAY, out=5.0)):
+        jobs = [stage.new() for _ in range(10)]
+        stage.pass_time(61.0)
+        stage.round(wait=False)
+        stage.round()  # another container at the same time
+        stage.pass_time(10.0)
+    stage.expect(sum(len(stage.runs(job)) for job in jobs) == 6, "more than one tried it")
+    _all_end_well(stage, jobs)
+
+
+@window()
+def it_is_tried_again_though_whoever_tried_it_died(stage: Stage) -> None:
+    with stage.trouble("/run", BAD_GATEWAY):
+        jobs = [stage.new() for _ in range(6)]
+    stage.pass_time(61.0)
+    stage.next("/run", Fate(effect=False, frozen=True))
+    stage.round(wait=False)
+    stage.pass_time(61.0)
+    stage.new()
+    for job in jobs:
+        stage.ends(job, "done", runs=2 if job in jobs[:5] else 1)
+
+
+@window(MAX_RUNNING="2")
+def runpod_has_no_more_runs_than_it_may(stage: Stage) -> None:
+    plan = replace(QUIET, run_seconds=40.0)
+    for _ in range(6):
+        stage.create_with(plan)
+    for _ in range(20):
+        stage.rounds(1)
+        (there,) = stage.world.clouds.execute("SELECT count(*) AS n FROM jobs WHERE step IN ('submitting', 'poll')")
+        stage.expect(there["n"] <= 2, f"RunPod has {there['n']}")
+    for job in stage.jobs:
+        stage.ends(job, "done")
+
+
 __all__ = ["WINDOWS", "Process", "Stage", "run_window"]
