@@ -59,7 +59,7 @@ def _kind(change: Change) -> str | None:
 def _words(change: Change, kind: str) -> dict[str, str]:
     """The code, and a sentence that everybody may read: a worker's own words may be of another's prompt."""
     assert change.error is not None
-    said = f"See the error of job {change.job.id}." if kind == "run" else change.error.sentence[:SENTENCE_CHARS]
+    said = f"See the error of job {change.job.id}." if kind == "run" else change.error.plain[:SENTENCE_CHARS]
     return {"code": change.error.code, "sentence": said}
 
 

@@ -9,7 +9,7 @@ from chalicelib import metrics, retry
 from chalicelib.credentials import Credential
 from chalicelib.errors import IndeterminateError, PermanentError, ServiceError, TransientError
 from chalicelib.records import dataclass
-from chalicelib.runtime import Clock, Deadline
+from chalicelib.runtime import Clock, Deadline, Until
 from chalicelib.wire import Reply, Wire, exchange_as
 
 Row = dict[str, Any]
@@ -18,8 +18,10 @@ MAX_STATEMENTS = 50  # D1 documents 100 a query
 MAX_PARAMS = 100  # a statement
 MAX_BODY_BYTES = 900_000  # the limit of api.cloudflare.com is not documented; a megabyte is known to pass
 MAX_ANSWER_BYTES = 32_000_000
-# Of Cloudflare's calls, that nobody makes: each container knows only what its own last call was told.
+# Of Cloudflare's calls, that are for saves alone: an outcome that is not written may be a run that is bought twice.
+# Each container knows only what its own last call was told.
 LAST_CALLS = 10
+WINDOW_SECONDS = 300  # of Cloudflare's, within which it tells something else
 
 # What D1 says, in a 400 of its catch-all code 7500, when the statement itself is not at fault.
 # https://developers.cloudflare.com/d1/observability/debug-d1/
@@ -68,39 +70,39 @@ class D1:
         self._rng = rng
         self._url = f"{base_url}/accounts/{account_id}/d1/database/{database_id}/query"
         self._token = token
-        self._calls_left: tuple[int, float] | None = None
-        self._locked_until = 0.0
+        self._calls_left = (0, Until(clock, 0))
+        self._locked = Until(clock, 0)
 
     def calls_left(self) -> int | None:
         """Calls left in Cloudflare's present window; None when that is not known, or known of a window that is over."""
-        if self._calls_left is None or self._clock.monotonic() > self._calls_left[1]:
-            return None
-        return self._calls_left[0]
+        left, until = self._calls_left
+        return left if until.left() > 0 else None
 
     def require_calls(self, number: int) -> None:
         """Raise TransientError, whose retry_after says when there are more, where fewer calls than that are left."""
-        left = self.calls_left()
-        if left is not None and self._calls_left is not None and left < number:
+        left, until = self._calls_left
+        if until.left() > 0 and left < number:
             raise TransientError(
                 "d1_few_calls",
                 f"Only {left} of Cloudflare's API calls are left for now, which are kept for what cannot wait.",
                 service="d1",
-                retry_after=self._calls_left[1] - self._clock.monotonic(),
+                retry_after=until.left(),
             )
 
-    def query(self, statements: list[Statement], *, timeout: float) -> list[list[Row]]:
+    def query(self, statements: list[Statement], *, timeout: float, to_the_last: bool = False) -> list[list[Row]]:
         """
         Run the statements as one transaction; the rows of each.
 
-        Failures after which a repeat may help are repeated while the `timeout`, in seconds for all tries, lasts. Raises
-        TransientError, IndeterminateError or PermanentError.
+        Failures after which a repeat may help are repeated while the `timeout`, in seconds for all tries, lasts. Of
+        Cloudflare's calls the last ones are made only where that is said. Raises TransientError, IndeterminateError or
+        PermanentError.
         """
         body = _encode(statements)
         deadline = Deadline(self._clock, timeout)
         doubt = False
         for failures in range(1, retry.CALL_ATTEMPTS + 1):
             try:
-                return self._query_once(body, len(statements), deadline)
+                return self._query_once(body, len(statements), deadline, to_the_last)
             except ServiceError as error:
                 doubt = doubt or isinstance(error, IndeterminateError)
                 wait = retry.seconds_to_wait(retry.CALL, failures, rng=self._rng, retry_after=error.retry_after)
@@ -112,11 +114,11 @@ class D1:
                 self._clock.sleep(wait)
         raise AssertionError("the last try returns or raises")
 
-    def _query_once(self, body: bytes, count: int, deadline: Deadline) -> list[list[Row]]:
-        locked_for = self._locked_until - self._clock.monotonic()
+    def _query_once(self, body: bytes, count: int, deadline: Deadline, to_the_last: bool) -> list[list[Row]]:
+        locked_for = self._locked.left()
         if locked_for > 0:  # a call now would be refused, and might prolong it
             raise _rate_limited(locked_for)
-        self.require_calls(LAST_CALLS)
+        self.require_calls(0 if to_the_last else LAST_CALLS)
         metrics.count("D1Calls")
         reply = exchange_as(
             self._token,
@@ -136,10 +138,10 @@ class D1:
     def _watch_rate(self, reply: Reply) -> None:
         # ratelimit: "default";r=1199;t=1 - calls left, and seconds until the window is over
         if limit := re.search(r"\br=(\d+).*?\bt=(\d+)", reply.headers.get("ratelimit", "")):
-            self._calls_left = (int(limit[1]), self._clock.monotonic() + int(limit[2]))
+            self._calls_left = (int(limit[1]), Until(self._clock, min(int(limit[2]), WINDOW_SECONDS)))
             metrics.tell("D1CallsLeft", int(limit[1]))
         if reply.status == 429 and reply.retry_after is not None:
-            self._locked_until = self._clock.monotonic() + reply.retry_after
+            self._locked = Until(self._clock, reply.retry_after)
             metrics.tell("D1CallsLeft", 0)
 
 

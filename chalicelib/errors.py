@@ -81,6 +81,7 @@ class ServiceError(Exception):
         super().__init__(sentence)
         self.code = code
         self.sentence = sentence
+        self.plain = sentence  # the same without what a cloud has said of an input, for the log and for other callers
         self.service = service
         self.retry_after = retry_after
         self.job_id: str | None = None  # the job that it is about, where the caller cannot know it yet

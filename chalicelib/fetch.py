@@ -93,7 +93,9 @@ class Fetch:
             try:
                 target, etag = self._visit(url, into, timeout=deadline.cap(timeout))
             except Refused as error:
-                raise (_redirected(error) if hop else error) from error
+                if not hop:
+                    raise
+                raise _redirected(error) from error
             if target is None:
                 return etag
             url = target

@@ -3,10 +3,10 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any
+from typing import Any, ParamSpec
 
 from chalicelib import metrics
 from chalicelib.errors import ServiceError
@@ -15,10 +15,12 @@ from chalicelib.runtime import Clock
 
 # Moves and other events of a job, and what counts them.
 COUNTED = {"submitted": "Submits", "done": "Done", "cancelled": "Cancelled", "store_failed": "StoresFailed"}
-# What RunPod says of an input that it refuses may be the input, in which there is a prompt. The timeline has it.
-NOT_TOLD = {"runpod_refused"}
 # Exceptions whose words are of the code alone; others tell what they stumbled over, such as a link that is signed.
-OF_CODE = (AttributeError, TypeError, NameError, ImportError, ZeroDivisionError, ServiceError)
+OF_CODE = (AttributeError, TypeError, NameError, ImportError, ZeroDivisionError)
+# These log addresses, with all that is in them, by the handlers that Lambda has set up.
+TALKATIVE = ("urllib3", "botocore", "boto3")
+
+P = ParamSpec("P")
 
 _logger = logging.getLogger("ob-ai-studio")
 
@@ -37,17 +39,22 @@ class _JsonLines(logging.Formatter):
         }
         if record.exc_info and record.exc_info[1]:
             line["exception"] = "\n".join(_told(record.exc_info[1]))
-        return json.dumps(line, ensure_ascii=False)
+        return json.dumps(line, ensure_ascii=False, default=_kind)
 
 
-def _told(error: BaseException) -> Iterator[str]:
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _told(error: BaseException, seen: tuple[BaseException, ...] = ()) -> Iterator[str]:
     """What was raised, where, and what it was raised from; without the words of most exceptions."""
     import traceback
 
-    if before := error.__cause__ or error.__context__:
-        yield from _told(before)
-    words = f": {error}" if isinstance(error, OF_CODE) else ""
-    yield f"{type(error).__name__}{words}"
+    before = error.__cause__ or error.__context__
+    if before and before not in seen:
+        yield from _told(before, (*seen, error))
+    words = f": {error}" if isinstance(error, OF_CODE) else f": {error.code}" if isinstance(error, ServiceError) else ""
+    yield f"{_kind(error)}{words}"
     yield from (line.rstrip() for line in traceback.format_tb(error.__traceback__))
 
 
@@ -60,6 +67,21 @@ def _set_up() -> None:
     _logger.addHandler(handler)
     _logger.setLevel(logging.INFO)
     _logger.propagate = False
+    logging.raiseExceptions = False  # a line that cannot be made would be printed with all that it was made of
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
+def _harmless(tell: Callable[P, None]) -> Callable[P, None]:
+    """A bug in telling must not undo what is told: a run is bought, a row is written."""
+
+    def tell_or_not(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            tell(*args, **kwargs)
+        except Exception:
+            _logger.error("not_told", exc_info=True)
+
+    return tell_or_not
 
 
 def begin(request_id: str) -> None:
@@ -73,6 +95,7 @@ def add(**more: str) -> None:
     _invocation.set({**_invocation.get(), **more})
 
 
+@_harmless
 def answered(method: str, route: str, status: int, seconds: float) -> None:
     """A request is over. Of its address only the pattern: a callback's own holds a secret, a query what is sought."""
     counted = metrics.take(Clock().now())
@@ -88,6 +111,7 @@ def _ms(seconds: float) -> int:
     return round(seconds * 1000)
 
 
+@_harmless
 def saved(change: Change, now: datetime) -> None:
     """A job has made a move, and it is in the table; `ms` is the time since the move before."""
     job, before = change.job, change.before
@@ -99,7 +123,7 @@ def saved(change: Change, now: datetime) -> None:
         logging.INFO,
         change.event,
         job_id=job.id,
-        attempt=job.attempt,
+        attempt=change.detail.get("attempt", job.attempt),
         runpod_job_id=job.runpod_job_id,
         endpoint_id=job.endpoint_id,
         step_from=before.state,
@@ -110,6 +134,7 @@ def saved(change: Change, now: datetime) -> None:
     )
 
 
+@_harmless
 def happened(event: str, job_id: str, *, attempt: int | None = None, step_to: str | None = None) -> None:
     """Something else has happened to a job that its timeline has, too."""
     _count(event)
@@ -128,11 +153,13 @@ def _since(text: str, now: datetime) -> int | None:
         return None
 
 
+@_harmless
 def told(job_id: str, event: str, status: str, line: Mapping[str, Any]) -> None:
     """A try to tell a callback's receiver of a job's end is over; its address is the caller's own, and not logged."""
     _write(logging.INFO, "callback", job_id=job_id, event=event, outcome=status, status=line["status"], ms=line["ms"])
 
 
+@_harmless
 def failed(what: str, error: ServiceError, *, job_id: str | None = None, endpoint_id: str | None = None) -> None:
     """Something did not work that is tried again, or that the caller was told of."""
     _write(
@@ -141,27 +168,31 @@ def failed(what: str, error: ServiceError, *, job_id: str | None = None, endpoin
         job_id=job_id,
         endpoint_id=endpoint_id,
         code=error.code,
-        reason=None if error.code in NOT_TOLD else error.sentence,
+        reason=error.plain,
         service=error.service or None,
     )
 
 
+@_harmless
 def endpoint(endpoint_id: str, code: str, sentence: str, *, until: str | None) -> None:
     """An endpoint is paused until then, for that is the last of its errors; or it works again."""
     level, what = (logging.WARNING, "endpoint_errors") if until else (logging.INFO, "endpoint_works")
     _write(level, what, endpoint_id=endpoint_id, code=code, reason=sentence, until=until)
 
 
+@_harmless
 def runs_wait(endpoint_id: str, code: str, sentence: str, seconds: float) -> None:
     """Runs wait for a worker at an endpoint, the first of them for so long."""
     _write(logging.WARNING, "runs_wait", endpoint_id=endpoint_id, ms=_ms(seconds), code=code, reason=sentence)
 
 
+@_harmless
 def crashed(what: str, *, job_id: str | None = None) -> None:
     """A bug: called while the exception is handled; where it was raised goes into the line."""
     _write(logging.ERROR, what, job_id=job_id)
 
 
+@_harmless
 def round_over(*, checked: int, submitted: int, updated: int, seconds: float) -> None:
     """One pass of the pipeline is over; without metrics, one that had nothing to do is not worth a line."""
     counted = metrics.take(Clock().now())

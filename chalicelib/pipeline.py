@@ -29,7 +29,7 @@ from chalicelib.rounds import DoubtfulClaim, Report, Round
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saver
 from chalicelib.steps import Steps
-from chalicelib.store import CALLS_KEPT_FROM_WEBHOOKS, IN_THE_NEXT_ROUND, Store, new_nonce
+from chalicelib.store import CALLS_KEPT_FOR_SAVES, CALLS_KEPT_FROM_WEBHOOKS, IN_THE_NEXT_ROUND, Store, new_nonce
 from chalicelib.webhooks import Webhooks
 
 if TYPE_CHECKING:
@@ -163,7 +163,9 @@ class Pipeline:
         )
 
     def _send_all(self, to_send: list[Job], deadline: Deadline) -> None:
-        if len(to_send) == 1:
+        if to_send and self.store.has_few_calls(CALLS_KEPT_FOR_SAVES):  # as the answer to the insert has said
+            self.saver.save([moves.return_unsent(job, now=self.clock.now()) for job in to_send], deadline)
+        elif len(to_send) == 1:
             self._send(to_send[0], deadline)
         elif to_send:
             self._new_round(THREADS, deadline, lambda round_: round_.run_for(to_send))
@@ -277,7 +279,7 @@ class Pipeline:
         A slot that a long round has run over is left out. A round that fails does not keep the others from running.
         """
         with self.new_crew(ERRANDS) as errands:
-            errands.start(lambda: self.courier().run(deadline))
+            errands.start(lambda: self._try("callbacks_not_sent", lambda: self.courier().run(deadline)))
             if self.clock.now().minute % SWEEP_EVERY == 0:
                 errands.start(lambda: self._try("uploads_not_swept", lambda: self.uploads().sweep(deadline)))
                 if self.retention_days:
@@ -297,13 +299,16 @@ class Pipeline:
                 break
             if pause:
                 self.clock.sleep(pause)
-            report = self._guarded_round(deadline, measure=not any(one.measured for one in reports))
+            # Once more after a round that failed, but not at once: it may be the measuring that failed.
+            measure = slot % 2 == 0 and not any(one.measured for one in reports)
+            report = self._guarded_round(deadline, measure=measure)
             for one in report:
                 if one.measured and one.measured.waiting:
                     tell = partial(self._tell_why_runs_wait, one.measured.waiting)
                     errands.start(partial(self._try, "waiting_not_told", tell))
             if any(job.callback_url for one in report for job in one.updated):
-                errands.start(lambda: self.courier().run(deadline))  # beside the rounds, which no receiver may delay
+                # Beside the rounds, which no receiver may delay.
+                errands.start(lambda: self._try("callbacks_not_sent", lambda: self.courier().run(deadline)))
             reports += report
             if self.skip_idle_rounds and any(one.idle for one in report):
                 break

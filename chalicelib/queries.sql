@@ -214,6 +214,11 @@ SET status = 'cancelled', step = NULL, version = version + 1, claimer = NULL, fi
 WHERE status IN ('queued', 'running') AND cancel_at IS NOT NULL AND step = 'submit'
 
 
+-- name: forget_old_faults
+-- Nobody has wanted to send a job there since its pause was over, so the next one may simply be sent.
+DELETE FROM endpoint_faults WHERE paused_until < :forgotten_at
+
+
 -- name: claim_probes
 -- One job for each endpoint whose pause is over, to see whether it works again. By its id, so by chance: should the oldest ones be
 -- those that fail, others are tried too.
@@ -371,19 +376,21 @@ SELECT 1 AS live FROM jobs INDEXED BY jobs_due WHERE status IN ('queued', 'runni
 
 -- name: measure
 -- How much there is of everything that is not done, and since when, in seconds, as the metrics are called. A job whose answer was
--- lost is not one that waits to be sent. A job that a user has retried waits since then.
+-- lost is not one that waits to be sent. One that is sent again waits since it came back.
 SELECT
   count(*) FILTER (WHERE step IN ('submit', 'submitting')) AS Queued,
-  (julianday(:now) - julianday(min(CASE WHEN step = 'submit' THEN
-    CASE WHEN attempt_base = 0 THEN created_at ELSE (
-      SELECT max(line.at) FROM job_events AS line WHERE line.job_id = jobs.id AND line.event = 'retried'
-    ) END
-  END))) * 86400 AS OldestQueued,
+  max(CASE WHEN step = 'submit' THEN
+    (julianday(:now) - julianday(coalesce((
+      SELECT max(line.at)
+      FROM job_events AS line
+      WHERE line.job_id = jobs.id AND line.event IN ('created', 'retried', 'attempt_lost', 'possible_duplicate')
+    ), created_at))) * 86400
+  END) AS OldestQueued,
   count(*) FILTER (WHERE step = 'poll') AS Running,
-  (julianday(:now) - julianday(min(CASE WHEN step = 'poll' THEN submitted_at END))) * 86400 AS OldestRunning,
-  (julianday(:now) - julianday(min(CASE WHEN step = 'poll' AND runpod_status = 'IN_QUEUE' THEN submitted_at END))) * 86400 AS OldestWithoutWorker,
+  max(CASE WHEN step = 'poll' THEN (julianday(:now) - julianday(coalesce(submitted_at, updated_at))) * 86400 END) AS OldestRunning,
+  max(CASE WHEN step = 'poll' AND runpod_status = 'IN_QUEUE' THEN (julianday(:now) - julianday(submitted_at)) * 86400 END) AS OldestWithoutWorker,
   count(*) FILTER (WHERE step = 'store') AS Storing,
-  (julianday(:now) - julianday(min(CASE WHEN step = 'store' THEN completed_at END))) * 86400 AS OldestStoring,
+  max(CASE WHEN step = 'store' THEN (julianday(:now) - julianday(coalesce(completed_at, updated_at))) * 86400 END) AS OldestStoring,
   (SELECT count(*) FROM (SELECT 1 FROM jobs AS dead WHERE dead.dead_at IS NOT NULL LIMIT 1000)) AS DeadLetters,
   (SELECT count(DISTINCT endpoint_id) FROM endpoint_faults WHERE paused_until IS NOT NULL) AS PausedEndpoints
 FROM jobs INDEXED BY jobs_due
@@ -393,7 +400,7 @@ WHERE status IN ('queued', 'running') AND step IN ('submit', 'submitting', 'poll
 -- name: measure_spool
 -- The files that wait in the spool.
 SELECT count(*) AS SpooledFiles, sum(json_extract(file.value, '$.bytes')) AS SpooledBytes
-FROM jobs INDEXED BY jobs_due, json_each(jobs.outputs) AS file
+FROM jobs INDEXED BY jobs_due, json_each(iif(json_valid(jobs.outputs), jobs.outputs, '[]')) AS file
 WHERE status IN ('queued', 'running') AND step = 'store' AND json_extract(file.value, '$.spooled')
 
 
@@ -590,10 +597,12 @@ RETURNING job_id, event, CAST(json_extract(detail, '$.attempt') AS INTEGER) AS a
 
 -- name: find_ended_before
 -- The oldest jobs that ended before then, but for dead letters, whose pictures are paid for.
-SELECT id
+-- Of a time that cannot be read, as a row of the earlier version may have one, nobody knows whether it is over.
+SELECT id, created_at
 FROM jobs
-WHERE created_at < :before AND +status IN ('done', 'error', 'cancelled') AND dead_at IS NULL
-  AND coalesce(finished_at, updated_at, created_at) < :before AND typeof(id) = 'text'
+WHERE created_at < :before AND (created_at, id) > (:created_at, :id)
+  AND +status IN ('done', 'error', 'cancelled') AND dead_at IS NULL
+  AND julianday(coalesce(nullif(finished_at, ''), nullif(updated_at, ''), created_at)) < julianday(:before) AND typeof(id) = 'text'
 ORDER BY created_at, id
 LIMIT CAST(:limit AS INTEGER)
 
@@ -626,7 +635,7 @@ SELECT job_id FROM job_events WHERE job_id IN (SELECT value FROM json_each(:ids)
 DELETE FROM job_metadata
 WHERE (key, value, created_at, job_id) IN (
   SELECT word.key, word.value, jobs.created_at, jobs.id
-  FROM jobs, json_each(jobs.metadata) AS word
+  FROM jobs, json_each(iif(json_valid(jobs.metadata), jobs.metadata, '{}')) AS word
   WHERE jobs.id IN (SELECT value FROM json_each(:ids)) AND jobs.deleted_at IS NOT NULL
 )
 
@@ -648,7 +657,7 @@ WHERE job_id IN (SELECT id FROM jobs WHERE id IN (SELECT value FROM json_each(:i
 DELETE FROM job_uploads
 WHERE (key, job_id) IN (
   SELECT json_extract(picture.value, '$.key'), jobs.id
-  FROM jobs, json_each(jobs.pictures) AS picture
+  FROM jobs, json_each(iif(json_valid(jobs.pictures), jobs.pictures, '[]')) AS picture
   WHERE jobs.id IN (SELECT value FROM json_each(:ids)) AND jobs.deleted_at IS NOT NULL
 )
 
@@ -660,7 +669,7 @@ SET due_at = :free_at
 WHERE due_at IS NULL
   AND key IN (
     SELECT json_extract(picture.value, '$.key')
-    FROM jobs, json_each(jobs.pictures) AS picture
+    FROM jobs, json_each(iif(json_valid(jobs.pictures), jobs.pictures, '[]')) AS picture
     WHERE jobs.id IN (SELECT value FROM json_each(:ids)) AND jobs.deleted_at IS NOT NULL
   )
   AND NOT EXISTS (SELECT 1 FROM job_uploads WHERE job_uploads.key = uploads.key)

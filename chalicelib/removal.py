@@ -7,12 +7,12 @@ from functools import partial
 from random import Random
 
 from chalicelib import log
-from chalicelib.errors import RequestError, ServiceError, TransientError, job_changed, no_such_job
+from chalicelib.errors import PermanentError, RequestError, ServiceError, TransientError, job_changed, no_such_job
 from chalicelib.jobs import FINAL, Job, result_folder
 from chalicelib.r2 import R2
 from chalicelib.records import dataclass
 from chalicelib.runtime import Clock, Crew, Deadline
-from chalicelib.store import Store, new_nonce
+from chalicelib.store import CALLS_KEPT_FROM_WEBHOOKS, Store, new_nonce
 
 DELETE_TIMEOUT = 6.0  # seconds
 RETIRED_AT_ONCE = 500  # jobs
@@ -65,17 +65,27 @@ class Removal:
         is short; how many. Raises what D1 raises. A job that cannot be removed now is found again.
         """
         before = self.clock.now() - timedelta(days=days)
-        removed = 0
-        while removed < RETIRED_AT_ONCE and deadline.left() > RETIRE_BUDGET:
-            ids = self.store.ended_before(before, limit=RETIRED_TOGETHER, timeout=deadline.cap(DELETE_TIMEOUT))
-            came = self._retire(ids, deadline) if ids else {}
-            removed += sum(refusal is None for refusal in came.values())
-            if len(ids) < RETIRED_TOGETHER or any(came.values()):
+        removed, after = 0, ("", "")
+        for _ in range(RETIRED_AT_ONCE // RETIRED_TOGETHER):
+            if deadline.left() < RETIRE_BUDGET or self.store.has_few_calls(CALLS_KEPT_FROM_WEBHOOKS):
                 break
+            found = self.store.ended_before(
+                before, after=after, limit=RETIRED_TOGETHER, timeout=deadline.cap(DELETE_TIMEOUT)
+            )
+            removed += self._retire([job_id for _, job_id in found], deadline)
+            if len(found) < RETIRED_TOGETHER:
+                break
+            after = found[-1]  # those that could not be removed hold up no others
         return removed
 
-    def _retire(self, ids: list[str], deadline: Deadline) -> dict[str, ServiceError | None]:
-        return self.remove(ids, deadline, statuses=tuple(FINAL), by=RETENTION, dead_too=False)
+    def _retire(self, ids: list[str], deadline: Deadline) -> int:
+        """How many of these could be removed."""
+        try:
+            came = self.remove(ids, deadline, statuses=tuple(FINAL), by=RETENTION, dead_too=False) if ids else {}
+        except PermanentError as error:
+            log.failed("jobs_not_removed", error)
+            return 0
+        return sum(refusal is None for refusal in came.values())
 
     def _why_not(self, job: Job | None, gone: bool) -> ServiceError | None:
         if job is None:
@@ -94,6 +104,8 @@ class Removal:
             except ServiceError as error:
                 log.failed("files_not_removed", error, job_id=job.id)
                 came[job.id] = error
+            except Exception:
+                log.crashed("removal_crashed", job_id=job.id)
 
         with self.new_crew(min(THREADS, len(jobs) or 1)) as crew:
             for job in jobs:

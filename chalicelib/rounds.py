@@ -20,12 +20,21 @@ from chalicelib.runpod import CALLS, CALLS_WITHIN, Answer
 from chalicelib.runtime import Clock, Crew, Deadline
 from chalicelib.saver import Saved, Saver
 from chalicelib.steps import Steps
-from chalicelib.store import CALLS_KEPT_FROM_WEBHOOKS, IN_THE_NEXT_ROUND, Claimed, Limits, Measured, Store, new_nonce
+from chalicelib.store import (
+    CALLS_KEPT_FOR_SAVES,
+    CALLS_KEPT_FROM_WEBHOOKS,
+    IN_THE_NEXT_ROUND,
+    Claimed,
+    Limits,
+    Measured,
+    Store,
+    new_nonce,
+)
 
 # Seconds between saves while work goes on, or a tenth of the round's time so far: what ends early is told early, and a
-# long round makes no more calls for it. Cloudflare allows four a second for everything; where few of these are left, a
-# round saves what it has when it has nothing else to do.
+# long round makes no more calls for it. Cloudflare allows four a second for everything.
 SAVE_EVERY = 0.3
+SAVE_RARELY = 3.0  # where few calls to D1 are left
 SAVE_SHARE = 0.1
 CLAIM_TIMEOUT = 12.0  # seconds
 LEASE_MARGIN = 5.5  # seconds that a lease outlives its deadline, which is half a second before the Lambda must be dead
@@ -228,7 +237,8 @@ class Round:
         return Outcome()
 
     def _submit(self, job: Job) -> Outcome:
-        if self.deadline.left() < SUBMIT_BUDGET or self._saves_refused:
+        too_few = self.store.has_few_calls(CALLS_KEPT_FOR_SAVES)  # as the answer to the claim has said
+        if self.deadline.left() < SUBMIT_BUDGET or self._saves_refused or too_few:
             return Outcome(change=moves.return_unsent(job, now=self.clock.now()))
         return Outcome(change=self.steps.submit(job, self.deadline))
 
@@ -290,17 +300,15 @@ class Round:
                 changes = []
 
     def _is_time_to_save(self) -> bool:
-        calls_left = self.store.calls_left()
-        if calls_left is not None and calls_left < CALLS_KEPT_FROM_WEBHOOKS:
-            return False
         now = self.clock.monotonic()
-        return now - self._saved_at >= max(SAVE_EVERY, SAVE_SHARE * (now - self._begun_at))
+        least = SAVE_RARELY if self.store.has_few_calls(CALLS_KEPT_FROM_WEBHOOKS) else SAVE_EVERY
+        return now - self._saved_at >= max(least, SAVE_SHARE * (now - self._begun_at))
 
     def _gather(self, timeout: float) -> list[Change]:
         changes = []
         for outcome in self.crew.wait(timeout):
             if not isinstance(outcome, Outcome):
-                log.failed("step_ended", ServiceError("internal_error", f"A step ended with {outcome!r}."))
+                log.failed("step_ended", ServiceError("internal_error", f"A step ended with {type(outcome).__name__}."))
                 continue
             self._report.checked += outcome.asked
             if outcome.change is not None:

@@ -239,7 +239,12 @@ def _take_room(place: Place | None, size: int, timeout: float) -> None:
 
 def _refusal(reply: Reply) -> ServiceError:
     reason = _text(_object(reply.body).get("detail") or _object(reply.body).get("error"))[:300]
-    said = f" (HTTP {reply.status}{': ' + reason if reason else ''})"
+    error = _refused(reply, f" (HTTP {reply.status}{': ' + reason if reason else ''})")
+    error.plain = _refused(reply, f" (HTTP {reply.status})").sentence
+    return error
+
+
+def _refused(reply: Reply, said: str) -> ServiceError:
     if reply.status in FINAL_REFUSALS:
         return PermanentError("runpod_refused", f"RunPod refused the input{said}.", service="runpod")
     if reply.status == 429:

@@ -5,7 +5,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 
 
@@ -23,6 +23,22 @@ class Clock:
     def sleep(self, seconds: float) -> None:
         """Block for that long."""
         time.sleep(seconds)
+
+
+class Until:
+    """
+    For how long something from outside holds: till either clock says that it is over, for one stands still while a
+    Lambda is frozen, and the other may be set.
+    """
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self._clock = clock
+        self._end = clock.monotonic() + seconds
+        self._date = clock.now() + timedelta(seconds=seconds)
+
+    def left(self) -> float:
+        """Seconds until then; 0 or less afterwards."""
+        return min(self._end - self._clock.monotonic(), (self._date - self._clock.now()).total_seconds())
 
 
 class Deadline:

@@ -68,8 +68,8 @@ def _deadline(value: str) -> int:
 
 
 def _days(value: str) -> int:
-    if value != "0" and _count(value) < 2:
-        raise ValueError("0, or 2 or more: what is told of a job's end may take more than a day")
+    if value != "0" and not 2 <= _count(value) <= 36_500:
+        raise ValueError("0, or 2 to 36500: what is told of a job's end may take more than a day")
     return int(value)
 
 

@@ -24,6 +24,8 @@ SCHEMA_CHANGE = 6  # the last of the numbered changes to the schema that the que
 LOW_AHEAD = 8  # runs that wait for a worker, from which on jobs of low priority wait here
 LOW_WAIT = timedelta(minutes=10)  # for which they do; then they are like any other
 MEASURES = ("measure", "measure_spool", "measure_waiting")
+SUBMITS = ("forget_old_faults", "claim_probes", "mark_probes", "claim_submits")
+FAULTS_KEPT = timedelta(hours=1)  # after a pause in which no job wanted to be sent there
 LINE = {"job_id", "event", "attempt"}  # of a timeline, as it comes back from what has written it
 UPLOADS_LEFT_FOR = timedelta(minutes=15)  # after the last job that used them; longer than one may still be put
 
@@ -82,6 +84,7 @@ class Survey:
     failures: list[Row]
 
 
+CALLS_KEPT_FOR_SAVES = 20  # with fewer left no run is sent: what comes of it must be saved
 CALLS_KEPT_FROM_WEBHOOKS = 300  # of D1's 1,200; with fewer left RunPod's callbacks leave the work to the rounds
 SUSPECT = 3  # claims of a result without a save, from which on it is stored alone
 
@@ -110,11 +113,13 @@ class Store:
         self._max_running = max_running
         self._poll_again = POLL_AGAIN_WITH_WEBHOOKS if has_webhooks else POLL_AGAIN
 
-    def _run(self, names: list[str], values: dict[str, Any], *, timeout: float) -> list[list[Row]]:
-        return self._query([bind(name, values) for name in names], timeout)
+    def _run(
+        self, names: list[str], values: dict[str, Any], *, timeout: float, to_the_last: bool = False
+    ) -> list[list[Row]]:
+        return self._query([bind(name, values) for name in names], timeout, to_the_last=to_the_last)
 
-    def _query(self, statements: list[Statement], timeout: float) -> list[list[Row]]:
-        found = self._d1.query(statements, timeout=timeout)
+    def _query(self, statements: list[Statement], timeout: float, *, to_the_last: bool = False) -> list[list[Row]]:
+        found = self._d1.query(statements, timeout=timeout, to_the_last=to_the_last)
         for row in (row for rows in found for row in rows):
             if LINE <= row.keys():
                 log.happened(row["event"], row["job_id"], attempt=row["attempt"])
@@ -125,6 +130,11 @@ class Store:
     def calls_left(self) -> int | None:
         """D1 calls left before Cloudflare locks the account out; None when not known. Costs no call."""
         return self._d1.calls_left()
+
+    def has_few_calls(self, number: int) -> bool:
+        """Whether fewer are left than that, as far as it is known."""
+        left = self.calls_left()
+        return left is not None and left < number
 
     def with_intent(self, job: Job, *, now: datetime) -> Job:
         """A new job as it is inserted by a request that will send it at once: the claim is made with the insert."""
@@ -194,6 +204,7 @@ class Store:
             "low_ahead": LOW_AHEAD,
             "low_deadline": 2 * LOW_WAIT.total_seconds(),
             "probes_until": breaker.probes_until(now),
+            "forgotten_at": to_text(now - FAULTS_KEPT),
             **self._intent(now),
         }
         names = [
@@ -209,7 +220,7 @@ class Store:
         for name, limit in (
             ("claim_stores", limits.stores),
             ("claim_polls", limits.polls),
-            *((name, limits.submits) for name in ("claim_probes", "mark_probes", "claim_submits") if limits.submits),
+            *((name, limits.submits) for name in SUBMITS if limits.submits),
         ):
             statements.append(bind(name, {**values, "limit": limit, "bytes": limits.submit_bytes, "suspect": SUSPECT}))
         statements.append(bind("log_claimed_submits", values))
@@ -296,10 +307,13 @@ class Store:
         ]
         return [Job.from_row(row) for row in self._run(names, values, timeout=timeout)[-1]]
 
-    def ended_before(self, before: datetime, *, limit: int, timeout: float) -> list[str]:
-        """The ids of the oldest jobs that ended before then, but for dead letters."""
-        (rows,) = self._run(["find_ended_before"], {"before": to_text(before), "limit": limit}, timeout=timeout)
-        return [row["id"] for row in rows]
+    def ended_before(
+        self, before: datetime, *, after: tuple[str, str], limit: int, timeout: float
+    ) -> list[tuple[str, str]]:
+        """The (created_at, id) of the oldest jobs that ended before then, those after the given; no dead letters."""
+        values = {"before": to_text(before), "created_at": after[0], "id": after[1], "limit": limit}
+        (rows,) = self._run(["find_ended_before"], values, timeout=timeout)
+        return [(row["created_at"], row["id"]) for row in rows]
 
     def mark_deleted(
         self,
@@ -374,7 +388,8 @@ class Store:
                 "pauses": breaker.pauses_from(now),
             }
             names += ["forget_faults", "count_faults"]
-        *_, winners = self._run([*names, "select_winners"], values, timeout=timeout)
+        names.append("select_winners")
+        *_, winners = self._run(names, values, timeout=timeout, to_the_last=True)
         return {row["id"]: row["version"] for row in winners}
 
     def recorded_runs(self, job_ids: list[str], *, timeout: float) -> dict[str, Job]:

@@ -28,7 +28,7 @@ D1_TIMEOUT = 8.0  # seconds
 THREADS = 8  # that look at pictures, or remove them, side by side
 SWEPT_AT_ONCE = 100
 PREFIX = "uploads/"
-SECRET_PARTS = re.compile(r"(?i)(?<=://)[^/?#]*@|[?#].*")
+SECRET_PARTS = re.compile(r"(?is)(?<=://)[^/?#]*@|[?#].*")
 TYPES = tuple(sorted({kind for _, kind in media.KINDS.values() if kind.startswith("image/")}))
 
 
@@ -136,7 +136,9 @@ def _why_not(url: str, error: ServiceError) -> ServiceError:
     if error.code == "unknown_type":
         return _not_usable(url, "is no picture")
     if isinstance(error, TransientError) and error.code not in DOUBTED:
-        return TransientError("image_unavailable", f"The picture {_named(url)} cannot be had now: {error.sentence}")
+        later = TransientError("image_unavailable", f"The picture {_named(url)} cannot be had now: {error.sentence}")
+        later.plain = f"A picture cannot be had now: {error.plain}"  # its path may be a key, too
+        return later
     return _not_usable(url, f"cannot be used: {error.sentence}")
 
 

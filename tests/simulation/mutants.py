@@ -35,7 +35,8 @@ GUARDS = """  AND jobs.version = json_extract(row.value, '$.version')
   -- The + keeps SQLite from going through every live row by the index of their status.
   AND +jobs.status IN ('queued', 'running')"""
 
-SAVE_AND_TELL = """        *_, winners = self._run([*names, "select_winners"], values, timeout=timeout)
+SAVE_AND_TELL = """        names.append("select_winners")
+        *_, winners = self._run(names, values, timeout=timeout, to_the_last=True)
 """
 
 MARK_AND_SELECT = """SET swept_at = :now
@@ -141,7 +142,7 @@ MUTANTS = [
     Mutant(
         "D1's Retry-After is ignored",
         "d1.py",
-        "            self._locked_until = self._clock.monotonic() + reply.retry_after\n",
+        "            self._locked = Until(self._clock, reply.retry_after)\n",
         "            pass\n",
     ),
     Mutant(

@@ -179,7 +179,7 @@ def test_status_decodes_the_id_in_the_path(client, bench):
 
 def test_dev_runpod_sends_the_oldest_waiting_job(client, bench, monkeypatch):
     assert call(client, "POST", "/dev/runpod")[:2] == (200, {"ok": True, "message": "no queued job"})
-    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 0)
+    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 50)
     first = bench.create("first")
     bench.clock.advance(1)
     bench.create("second")
@@ -230,7 +230,7 @@ def test_dev_runpod_of_a_final_and_of_an_unknown_job(client, bench):
     ],
 )
 def test_dev_runpod_tells_of_runpods_refusal_or_silence(client, bench, monkeypatch, answer, status, code):
-    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 0)
+    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 50)
     job_id = bench.create()
     bench.faults.add(RUN, answer)
 
@@ -244,7 +244,7 @@ def test_dev_runpod_poll_is_one_whole_round_that_ignores_due_times(client, bench
     running = bench.create("runs")
     failing = bench.create("fails", simulate={"status": "FAILED", "error": "boom"})
     bench.round(after=0.5)
-    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 0)
+    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 50)
     waiting = bench.create("waits")
     bench.clock.advance(4.5)  # the polls are not due again yet
 

@@ -1,8 +1,10 @@
 """Cloudflare's calls: what leaves them for others when few are left, so that no lock-out comes of it."""
 
+from datetime import timedelta
+
 import pytest
 
-from chalicelib import bootstrap
+from chalicelib import bootstrap, settings
 from chalicelib.errors import TransientError
 from tests.conftest import AUTH, call
 from tools.cloud import Account, LocalCloud
@@ -70,6 +72,83 @@ def test_rounds_go_on_to_the_last_calls_and_then_wait_for_the_window(cloud, benc
 
     bench.round(after=SECONDS)
     assert bench.service.store.calls_left() == 1199
+
+
+def fresh(bench, environment):
+    """Another container."""
+    return bootstrap.build(settings.load(environment), bench.clock)
+
+
+def test_what_was_bought_with_the_last_calls_is_written_down(cloud, bench, environment):
+    """The answer to the insert says that nine are left: nothing is sent for that, and what is sent is saved."""
+    for left in (10, 22):
+        cloud._rate_limit.leave(left)
+        bench.service = fresh(bench, environment)
+        bench.create()
+        assert bench.service._saver.backlog == 0
+    cloud._rate_limit.leave(1200)
+    bench.service = fresh(bench, environment)
+    timelines = {tuple(bench.timeline(job.id)) for job in bench.jobs()}
+    assert timelines == {("created", "not_sent"), ("created", "submitted")}
+
+
+def test_a_round_with_the_last_calls_sends_nothing_and_owes_nothing(cloud, bench, environment, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.service.store, "calls_left", lambda: 50)
+        for _ in range(30):
+            bench.create()
+    leave(cloud, bench, 10)
+    bench.round()
+    assert (len(cloud.runpod.inputs()), bench.service._saver.backlog) == (0, 0)
+    bench.service = fresh(bench, environment)
+    bench.round(after=SECONDS)
+
+    assert len(cloud.runpod.inputs()) == 30
+
+
+def test_what_was_bought_is_saved_soon_also_with_few_calls_left(cloud, bench, monkeypatch):
+    monkeypatch.setattr("chalicelib.pipeline.THREADS", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.service.store, "calls_left", lambda: 50)
+        for _ in range(10):
+            bench.create()
+    leave(cloud, bench, 250)
+    run = type(bench.service._runpod).run
+    unsaved = []
+
+    def slowly(self, *args, **options):
+        bench.clock.advance(1)
+        unsaved.append(sum(job.state == "submitting" for job in bench.jobs()))
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(type(bench.service._runpod), "run", slowly)
+    bench.round()
+    assert unsaved[0] == 10
+    assert unsaved[-1] < 6
+
+
+@pytest.mark.parametrize(("header", "for_seconds"), [("r=3;t=99999999999", 300), ("r=3;t=20", 20), ("r=0;t=0", 0)])
+def test_nothing_is_refused_for_longer_than_a_window(bench, faults, header, for_seconds):
+    answer = {"success": True, "errors": [], "result": [{"success": True, "results": []}]}
+    faults.add("/query$", (200, answer, {"ratelimit": f'"default";{header}'}))
+    bench.service.store.tables(timeout=5.0)
+    refused = 0
+    for _ in range(400):
+        try:
+            bench.service.store.tables(timeout=0.5)
+            break
+        except TransientError:
+            refused += 1
+        bench.clock.advance(1)
+
+    assert refused == for_seconds
+
+
+def test_a_clock_that_stood_still_while_frozen_refuses_nothing_after(cloud, bench):
+    leave(cloud, bench, 9)
+    bench.clock.at += timedelta(seconds=SECONDS + 1)  # and the other clock has not gone on
+
+    assert bench.service.store.tables(timeout=5.0)
 
 
 def test_a_round_saves_once_where_few_calls_are_left(cloud, bench, monkeypatch):

@@ -1,6 +1,7 @@
 """What is logged of a job's life, what never is, and the metrics in it."""
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -103,7 +104,60 @@ def test_what_runpod_says_of_an_input_is_left_to_the_timeline(client, clock, fau
     assert status == 502
     assert "a cat is no prompt" in answer["error"]
     (line,) = [line for line in lines() if line["message"] == "request_failed"]
-    assert (line["code"], "reason" in line) == ("runpod_refused", False)
+    assert (line["code"], line["reason"]) == ("runpod_refused", "RunPod refused the input (HTTP 400).")
+
+
+def test_nor_does_another_job_tell_what_runpod_says_of_one(client, faults, lines):
+    faults.add("/run$", (401, {"error": "no key for a cat"}), times=5)
+    for _ in range(6):
+        _, made, _ = call(client, "POST", "/api/queue/create", {"prompt": "a cat"})
+    _, answer, _ = call(client, "GET", f"/api/jobs/{made['id']}")
+
+    assert answer["job"]["waiting"]["sentence"].endswith("RunPod refused the key (HTTP 401); check RUNPOD_API_KEY.")
+    (line,) = [line for line in lines() if line["message"] == "endpoint_errors"]
+    assert "no key" not in line["reason"]
+
+
+def test_other_libraries_tell_no_address(lines, capfd):
+    root = logging.getLogger()
+    handler = logging.StreamHandler()  # as Lambda's runtime sets one up
+    root.addHandler(handler)
+    try:
+        for name in ("urllib3.connectionpool", "botocore.endpoint"):
+            logging.getLogger(name).warning("Failed to parse headers (url=%s)", SIGNED)
+    finally:
+        root.removeHandler(handler)
+
+    assert capfd.readouterr().err == ""
+
+
+def test_a_chain_that_bites_its_tail_is_told_once(lines):
+    try:
+        try:
+            raise ValueError("one")
+        except ValueError as error:
+            error.__context__ = other = KeyError("two")
+            other.__context__ = error
+            raise
+    except ValueError:
+        log.crashed("it_crashed")
+
+    (line,) = lines()
+    assert line["exception"].splitlines()[0] == "KeyError"
+
+
+def test_a_bug_in_telling_undoes_nothing(lines, monkeypatch):
+    monkeypatch.setattr(log, "_count", lambda event: 1 / 0)
+    log.happened("created", "j")
+
+    (line,) = lines()
+    assert (line["message"], line["level"]) == ("not_told", "error")
+
+
+def test_what_has_no_json_is_told_by_its_kind(lines):
+    log.happened("created", object())
+
+    assert lines()[0]["job_id"] == "object"
 
 
 def test_a_request_says_what_it_came_to_in_metrics(client, lines):

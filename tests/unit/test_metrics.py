@@ -78,6 +78,27 @@ def test_what_waits_runs_and_is_stored_is_told_with_its_age(bench, minute, fault
     assert found["OldestStoring"] == 656  # its run took four seconds
 
 
+def test_times_that_cannot_be_read_hide_no_others(bench, minute, table):
+    for job_id, created_at in (("a", ""), ("b", "2026-01-31")):
+        columns = "id, status, step, due_at, created_at"
+        table(f"INSERT INTO jobs ({columns}) VALUES (?, 'queued', 'submit', '2099', ?)", job_id, created_at)
+
+    assert stand(minute())["OldestQueued"] == 86_340
+
+
+def test_what_is_no_json_stops_no_round(bench, minute, table):
+    table("INSERT INTO jobs (id, status, step, outputs, due_at) VALUES ('a', 'running', 'store', 'no JSON', '2099')")
+
+    assert stand(minute())["Storing"] == 1
+
+
+def test_a_pause_that_nobody_has_waited_for_is_forgotten(bench, minute, table):
+    columns = "endpoint_id, kind, failures, paused_until, code, sentence, since"
+    table(f"INSERT INTO endpoint_faults ({columns}) VALUES ('e', 'call', 9, '2026-01-31T22:58:59.000Z', 'c', 's', 't')")
+
+    assert stand(minute())["PausedEndpoints"] == 0
+
+
 def _fail(self, *args, **options):
     raise TransientError("r2_failed", "R2 is down.", service="r2")
 
@@ -110,12 +131,12 @@ def test_dead_letters_and_the_spool_and_what_is_paused_are_told(bench, minute, t
     )  # fmt: skip
 
 
-def test_where_the_first_round_fails_the_next_one_tells(minute, faults):
+def test_where_the_first_round_fails_a_later_one_tells(minute, faults):
     faults.add("/query$", (500, "no"), times=3)
     said = minute()
 
     told = [line for line in said if line["message"] == "round"]
-    assert ["Queued" in line for line in told] == [False, True, False, False]
+    assert ["Queued" in line for line in told] == [False, False, True, False]
     assert [line.get("RoundsFailed") for line in told] == [1, None, None, None]
 
 

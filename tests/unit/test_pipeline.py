@@ -640,7 +640,7 @@ def test_an_orphan_is_kept_while_its_row_has_no_run_yet(bench):
 
 
 def test_a_claim_whose_answer_is_lost_for_good_is_asked_for_again_by_its_name(bench, monkeypatch):
-    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 0)
+    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 50)
     job_id = bench.create()
     bench.faults.add(D1, LOST, times=3, after_effect=True)
     with pytest.raises(IndeterminateError):
@@ -653,7 +653,7 @@ def test_a_claim_whose_answer_is_lost_for_good_is_asked_for_again_by_its_name(be
 
 
 def test_a_claim_in_doubt_is_not_forgotten_when_the_next_is_refused(bench, monkeypatch):
-    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 0)
+    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 50)
     job_id = bench.create()
     bench.faults.add(D1, LOST, times=3, after_effect=True)
     with pytest.raises(IndeterminateError):
@@ -858,7 +858,7 @@ def test_a_late_acceptance_adopts_the_run_while_nothing_else_was_sent(bench):
 
 
 def test_without_time_for_it_nothing_is_sent_and_nothing_is_lost(bench, monkeypatch):
-    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 0)
+    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 50)
     job_id = bench.create()
     monkeypatch.undo()
 
@@ -869,7 +869,7 @@ def test_without_time_for_it_nothing_is_sent_and_nothing_is_lost(bench, monkeypa
 
 
 def test_claimed_submits_that_cannot_be_sent_in_time_are_given_back(bench, monkeypatch):
-    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 0)
+    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 50)
     job_id = bench.create()
     monkeypatch.undo()
     claim = bench.service.store.claim
@@ -890,7 +890,7 @@ def test_claimed_submits_that_cannot_be_sent_in_time_are_given_back(bench, monke
 def test_the_first_refused_save_stops_sending(bench, monkeypatch):
     monkeypatch.setattr("chalicelib.pipeline.THREADS", 1)
     monkeypatch.setattr("chalicelib.rounds.SAVE_EVERY", 0.0)
-    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 0)
+    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 50)
     for n in range(5):
         bench.create(f"cat {n}")
     monkeypatch.setattr(bench.service.store, "calls_left", lambda: None)

@@ -62,7 +62,7 @@ def test_a_dead_letter_stays_however_old(bench, retire, table, no_r2):
 def test_what_becomes_a_dead_letter_at_the_last_moment_stays_too(bench, table, monkeypatch):
     (job_id,) = done(bench)
     table("UPDATE jobs SET status = 'error', dead_at = '2026' WHERE id = ?", job_id)
-    monkeypatch.setattr(bench.service.store, "ended_before", lambda *args, **options: [job_id])
+    monkeypatch.setattr(bench.service.store, "ended_before", lambda *args, **options: [("", job_id)])
     bench.service._removal.retire(bench.deadline(), days=30)
 
     assert bench.job(job_id).deleted_at is None
@@ -108,6 +108,49 @@ def test_only_so_many_go_at_once_the_oldest_first(bench, retire, table, monkeypa
     retire()
 
     assert kept(table) == set()
+
+
+def test_those_that_cannot_be_removed_hold_up_no_others(bench, retire, table, monkeypatch):
+    monkeypatch.setattr(removal, "RETIRED_TOGETHER", 2)
+    rows = ", ".join(f"('{n}', 'done', '2025-01-0{n}', 'jobs/2025/01/{n}/output.png')" for n in range(1, 6))
+    table(f"INSERT INTO jobs (id, status, created_at, result_r2_key) VALUES {rows}")
+    table("UPDATE jobs SET outputs = 'no JSON' WHERE id = '1'")
+    table("UPDATE jobs SET metadata = 'no JSON', pictures = 'nor this' WHERE id = '3'")
+    delete = R2.delete
+
+    def fail(self, key, **options):
+        if "/2/" in key:
+            raise TransientError("r2_failed", "Not this one.", service="r2")
+        delete(self, key, **options)
+
+    monkeypatch.setattr(R2, "delete", fail)
+    retire()
+
+    assert kept(table) == {"1", "2"}
+
+
+@pytest.mark.parametrize(
+    ("finished_at", "updated_at", "goes"),
+    [
+        ("", "2026-01-31T20:00:00.000Z", False),
+        ("01/31/2026 22:00", "2026-01-01", False),
+        (None, "2025-12-01 10:00:00", True),
+        ("", "", True),
+    ],
+)
+def test_a_time_that_nobody_can_read_is_not_over(retire, table, finished_at, updated_at, goes):
+    columns = "id, status, created_at, finished_at, updated_at"
+    table(f"INSERT INTO jobs ({columns}) VALUES ('a', 'done', '2025-01-01', ?, ?)", finished_at, updated_at)
+    retire()
+
+    assert kept(table) == (set() if goes else {"a"})
+
+
+def test_it_leaves_the_calls_to_others_where_there_are_few(bench, table, monkeypatch):
+    table("INSERT INTO jobs (id, status, created_at) VALUES ('a', 'done', '2025')")
+    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 299)
+
+    assert bench.service._removal.retire(bench.deadline(57.5), days=30) == 0
 
 
 def test_it_stops_where_the_time_is_short(bench, table):

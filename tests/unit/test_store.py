@@ -150,10 +150,11 @@ def test_a_final_row_is_marked_and_only_a_marked_one_deleted(store, clock, inser
     insert("over", None, status="done", metadata='{"a": "b"}')
     table("INSERT INTO job_metadata VALUES ('a', 'b', ?, 'over')", jobs.to_text(clock.now()))
     ids = ["live", "over", "nobody"]
+    how = {"statuses": ("done",), "dead_too": True, "by": "me"}
 
     store.delete(ids, by="me", now=clock.now(), timeout=5.0)
     assert len(table("SELECT 1 FROM jobs")) == 2
-    rows, gone = store.mark_deleted(ids, statuses=("done",), by="me", nonce="n1", now=clock.now(), timeout=5.0)
+    rows, gone = store.mark_deleted(ids, **how, nonce="n1", now=clock.now(), timeout=5.0)
     assert ({job.id: bool(job.deleted_at) for job in rows}, gone) == ({"live": False, "over": True}, set())
     assert events(table, "over") == ["deleting"]
 
@@ -162,7 +163,7 @@ def test_a_final_row_is_marked_and_only_a_marked_one_deleted(store, clock, inser
     assert [row["id"] for row in table("SELECT id FROM jobs")] == ["live"]
     assert table("SELECT 1 FROM job_metadata") == []
     assert events(table, "over") == ["deleted"]
-    assert store.mark_deleted(ids, statuses=("done",), by="me", nonce="n2", now=clock.now(), timeout=5.0)[1] == {"over"}
+    assert store.mark_deleted(ids, **how, nonce="n2", now=clock.now(), timeout=5.0)[1] == {"over"}
 
 
 def test_a_cancel_that_is_repeated_does_not_end_a_job_that_was_retried_since(store, clock, insert, table):
