@@ -184,7 +184,6 @@ CREATE TABLE IF NOT EXISTS endpoint_faults (
   code TEXT NOT NULL,
   sentence TEXT NOT NULL,
   since TEXT NOT NULL,
-  writer TEXT,
   PRIMARY KEY (endpoint_id, kind)
 ) WITHOUT ROWID;
 

@@ -165,6 +165,12 @@ class Service:
 
         return Spool(self.settings.spool_bucket)
 
+    @property
+    def _max_running(self) -> int | None:
+        """None where it is no fewer than may be unfinished: then nothing is bounded, and nobody counts."""
+        config = self.settings
+        return config.max_running if config.max_running < config.max_queued else None
+
     @part
     def store(self) -> "Store":
         """The jobs table, to be changed."""
@@ -177,7 +183,7 @@ class Service:
             submit_unknown_wait=self.settings.submit_unknown_wait,
             total_deadline=self.settings.total_deadline,
             max_queued=self.settings.max_queued,
-            max_running=self.settings.max_running,
+            max_running=self._max_running,
             has_webhooks=self._webhooks.are_on,
         )
 
@@ -186,7 +192,7 @@ class Service:
         """The jobs table, to be looked at."""
         from chalicelib.reads import Reads
 
-        return Reads(d1=self._d1, clock=self.clock, max_running=self.settings.max_running)
+        return Reads(d1=self._d1, clock=self.clock, max_running=self._max_running)
 
     def require_calls(self, number: int) -> None:
         """Raise TransientError where fewer calls to D1 than that are left."""

@@ -16,7 +16,8 @@ from chalicelib.jobs import Change, State, to_text
 # minutes; a failed run may be the fault of what one caller has asked for.
 MOST = {"call": 5, "run": 10}
 PAUSES = (60, 120, 300, 600)  # seconds; the last one again and again
-PROBE = {"call": 60, "run": 600}  # seconds, after which another job tries it if nothing was heard of the first
+PROBE_SECONDS = 60  # after which another job tries it, if nothing was heard of the first
+RUN_SECONDS = 600  # the same, where the run of the first is under way
 
 # What is no error of the endpoint: too many calls at once, and an input that RunPod itself refuses.
 NOT_ITS_FAULT = {"runpod_busy", "runpod_refused"}
@@ -25,29 +26,31 @@ OF_RUNS = {"worker_failed", "no_output", "unknown_type", "base64_invalid", "loca
 SENTENCE_CHARS = 300
 
 
-def judge(changes: Iterable[Change]) -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
-    """What these changes say of their endpoints: what has worked there, and what failed where nothing has."""
-    worked: set[tuple[str, str]] = set()
-    faults: dict[tuple[str, str], dict[str, Any]] = {}
+def judge(changes: Iterable[Change]) -> list[dict[str, Any]]:
+    """What these changes say of their endpoints, if they win: whether a call or a run has worked there, or failed."""
+    outcomes = []
     for change in changes:
-        endpoint_id = change.before.endpoint_id or ""
-        if change.event in ("submitted", "done"):
-            worked.add((endpoint_id, "call" if change.event == "submitted" else "run"))
-        elif kind := _kind(change):
-            fault = faults.setdefault((endpoint_id, kind), {"failures": 0})
-            fault["failures"] += 1
-            fault |= _words(change, kind)
-    return (
-        [{"endpoint_id": endpoint_id, "kind": kind} for endpoint_id, kind in sorted(worked)],
-        [
-            {"endpoint_id": endpoint_id, "kind": kind, **fault}
-            for (endpoint_id, kind), fault in sorted(faults.items())
-            if (endpoint_id, kind) not in worked
-        ],
+        version = None if change.accepted else change.job.version + 1
+        named = {"id": change.job.id, "version": version}
+        if works := _what_works(change):
+            outcomes.append({**named, "kind": works, "works": 1})
+        elif fails := what_fails(change):
+            outcomes.append({**named, "kind": fails, "works": 0, **_words(change, fails)})
+    return outcomes
+
+
+def _what_works(change: Change) -> str | None:
+    if change.event == "submitted":
+        return None if change.detail.get("adopted") else "call"  # then nobody's call was answered
+    # What could not be put into R2 was drawn all the same.
+    is_drawn = change.event == "done" or (
+        change.event == "store_failed" and change.error and change.error.service == "r2"
     )
+    return "run" if is_drawn else None
 
 
-def _kind(change: Change) -> str | None:
+def what_fails(change: Change) -> str | None:
+    """Which kind of error it is of the endpoint, if it is one."""
     error = change.error
     if error is None:
         return None
@@ -68,6 +71,11 @@ def pauses_from(now: datetime) -> str:
     return json.dumps([to_text(now + timedelta(seconds=seconds)) for seconds in PAUSES])
 
 
-def probes_until(now: datetime) -> str:
-    """Until when a job that tries an endpoint now is waited for, by the kind of errors (JSON)."""
-    return json.dumps({kind: to_text(now + timedelta(seconds=seconds)) for kind, seconds in PROBE.items()})
+def probe_until(now: datetime) -> str:
+    """Until when a job that tries an endpoint now is waited for."""
+    return to_text(now + timedelta(seconds=PROBE_SECONDS))
+
+
+def run_until(now: datetime) -> str:
+    """Until when its run is, once it is under way."""
+    return to_text(now + timedelta(seconds=RUN_SECONDS))

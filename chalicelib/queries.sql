@@ -7,11 +7,22 @@
 
 
 -- part: at_runpod
--- How many runs RunPod has, or may have, as far as it is worth counting.
+-- How many runs RunPod has, or may have, as far as it is worth counting. :max_running is NULL where it bounds nothing, so that nobody
+-- counts.
 (SELECT count(*) FROM (
   SELECT 1
   FROM jobs AS there INDEXED BY jobs_due
   WHERE there.status IN ('queued', 'running') AND there.step IN ('submitting', 'poll')
+  LIMIT CAST(:max_running AS INTEGER)
+))
+
+
+-- part: before
+-- How many runs RunPod has, and will have before a new job.
+(SELECT count(*) FROM (
+  SELECT 1
+  FROM jobs AS there INDEXED BY jobs_due
+  WHERE there.status IN ('queued', 'running') AND there.step IN ('submit', 'submitting', 'poll')
   LIMIT CAST(:max_running AS INTEGER)
 ))
 
@@ -54,12 +65,15 @@ SELECT
 FROM (
   SELECT
     value,
-    json_extract(value, '$.step') = 'submitting' AND key + {at_runpod} < CAST(:max_running AS INTEGER) AND NOT EXISTS (
-      SELECT 1
-      FROM endpoint_faults AS fault
-      WHERE fault.endpoint_id = json_extract(value, '$.endpoint_id') AND fault.paused_until IS NOT NULL
-    ) AS sends
+    json_extract(value, '$.step') = 'submitting'
+      AND CASE WHEN :max_running IS NULL THEN true ELSE key + {before} < CAST(:max_running AS INTEGER) END
+      AND NOT EXISTS (
+        SELECT 1
+        FROM endpoint_faults AS fault
+        WHERE fault.endpoint_id = json_extract(value, '$.endpoint_id') AND fault.paused_until IS NOT NULL
+      ) AS sends
   FROM json_each(:rows)
+  LIMIT -1 -- keeps SQLite from working that out once for each of its uses
 )
 WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE idempotency_key = :idempotency_key)
   AND NOT EXISTS (
@@ -152,6 +166,7 @@ SET
   status = CASE WHEN coalesce(runpod_job_id, '') <> '' THEN 'running' ELSE 'queued' END,
   attempt = CASE WHEN status = 'running' OR coalesce(runpod_job_id, '') <> '' THEN max(attempt, 1) ELSE attempt END,
   endpoint_id = coalesce(endpoint_id, :endpoint_id),
+  deadline_at = coalesce(deadline_at, :deadline_at),
   version = version + 1
 WHERE step IS NULL AND status IN ('queued', 'running') AND typeof(id) = 'text'
 
@@ -220,35 +235,51 @@ DELETE FROM endpoint_faults WHERE paused_until < :forgotten_at
 
 
 -- name: claim_probes
--- One job for each endpoint whose pause is over, to see whether it works again. By its id, so by chance: should the oldest ones be
--- those that fail, others are tried too.
+-- Who tries an endpoint whose pause is over: one job; but where runs have failed, which may be the fault of what one caller wants,
+-- twice as many after each pause. Those that have been sent least often go first, so that it is never the same.
 UPDATE jobs
 SET {intent}
 WHERE id IN (
-  SELECT (
-    SELECT jobs.id
-    FROM jobs
-    WHERE jobs.status IN ('queued', 'running') AND jobs.step = 'submit' AND jobs.due_at <= :now AND {endpoint} = over.endpoint_id
-    ORDER BY jobs.id
-    LIMIT 1
+  SELECT id
+  FROM (
+    SELECT
+      jobs.id, over.most,
+      row_number() OVER (
+        PARTITION BY over.endpoint_id ORDER BY jobs.failures + jobs.attempt - jobs.attempt_base, jobs.id
+      ) AS nth
+    FROM (
+      SELECT endpoint_id, min(iif(kind = 'run', 1 << min(pauses, 5), 1)) AS most
+      FROM endpoint_faults
+      WHERE paused_until IS NOT NULL
+      GROUP BY endpoint_id
+      HAVING max(paused_until) <= :now
+    ) AS over
+    CROSS JOIN jobs
+    WHERE jobs.status IN ('queued', 'running') AND jobs.step = 'submit' AND jobs.due_at <= :now
+      AND coalesce(jobs.deadline_at > :now, true) AND {endpoint} = over.endpoint_id
   )
-  FROM (SELECT endpoint_id FROM endpoint_faults GROUP BY endpoint_id HAVING max(paused_until) <= :now) AS over
-) AND {at_runpod} < CAST(:max_running AS INTEGER)
+  WHERE nth <= most
+  ORDER BY nth
+  LIMIT CASE WHEN :max_running IS NULL THEN -1 ELSE max(0, CAST(:max_running AS INTEGER) - {at_runpod}) END
+)
 
 
 -- name: mark_probes
 -- What comes of it is waited for, but not for ever.
 UPDATE endpoint_faults
-SET probing = 1, paused_until = json_extract(:probes_until, '$.' || kind)
-WHERE paused_until IS NOT NULL AND endpoint_id IN (
-  SELECT endpoint_id FROM jobs WHERE claimer = :nonce AND status IN ('queued', 'running') AND step = 'submitting' AND intent_version = version
+SET probing = 1, paused_until = :probe_until
+WHERE EXISTS (SELECT 1 FROM endpoint_faults WHERE paused_until IS NOT NULL) AND paused_until IS NOT NULL AND endpoint_id IN (
+  SELECT endpoint_id
+  FROM jobs
+  WHERE claimer = :nonce AND status IN ('queued', 'running') AND step = 'submitting' AND intent_version = version
+    AND coalesce(deadline_at > :now, true)
 )
 
 
 -- name: claim_submits
 -- At most :limit rows and :bytes of input, and so many that RunPod has no more runs than it may have; none for an endpoint that is
 -- paused. What is too late to be sent is claimed in any case, for whoever would send it ends it. A young
--- job of low priority that has time is taken only while fewer than :low_ahead runs would wait for a worker.
+-- job of low priority that has time is taken after the others, and only while fewer than :low_ahead runs would wait for a worker.
 UPDATE jobs
 SET {intent}
 WHERE id IN (
@@ -259,22 +290,30 @@ WHERE id IN (
       row_number() OVER oldest AS nth,
       sum(length(prompt) + coalesce(length(input), 0)) OVER oldest AS bytes
     FROM (
-      SELECT id, due_at, prompt, input, late
+      SELECT id, due_at, '' AS prompt, NULL AS input, true AS late, false AS low
       FROM (
-        SELECT id, due_at, prompt, input, coalesce(deadline_at <= :now, false) AS late
+        SELECT id, due_at
+        FROM jobs
+        WHERE status IN ('queued', 'running') AND step = 'submit' AND deadline_at <= :now
+        LIMIT CAST(:limit AS INTEGER)
+      )
+      UNION ALL
+      SELECT id, due_at, prompt, input, false AS late, false AS low
+      FROM (
+        SELECT id, due_at, prompt, input
         FROM jobs
         WHERE status IN ('queued', 'running') AND step = 'submit' AND due_at <= :now AND (priority <> 'low' OR created_at <= :low_since OR deadline <= CAST(:low_deadline AS INTEGER))
-          AND (deadline_at <= :now OR NOT ({is_paused}))
+          AND coalesce(deadline_at > :now, true) AND NOT ({is_paused})
         ORDER BY due_at
         LIMIT CAST(:limit AS INTEGER)
       )
       UNION ALL
-      SELECT id, due_at, prompt, input, false AS late
+      SELECT id, due_at, prompt, input, false AS late, true AS low
       FROM (
         SELECT id, due_at, prompt, input
         FROM jobs
         WHERE status IN ('queued', 'running') AND step = 'submit' AND due_at <= :now AND priority = 'low' AND created_at > :low_since
-          AND coalesce(deadline > CAST(:low_deadline AS INTEGER), true) AND NOT ({is_paused})
+          AND coalesce(deadline > CAST(:low_deadline AS INTEGER), true) AND coalesce(deadline_at > :now, true) AND NOT ({is_paused})
         ORDER BY due_at
         LIMIT min(CAST(:limit AS INTEGER), max(0, CAST(:low_ahead AS INTEGER) - (
           SELECT count(*)
@@ -290,9 +329,9 @@ WHERE id IN (
         )))
       )
     )
-    WINDOW oldest AS (ORDER BY due_at, id)
+    WINDOW oldest AS (ORDER BY late, low, due_at, id)
   )
-  WHERE (nth = 1 OR bytes <= CAST(:bytes AS INTEGER)) AND (late OR nth + {at_runpod} <= CAST(:max_running AS INTEGER))
+  WHERE (nth = 1 OR bytes <= CAST(:bytes AS INTEGER)) AND CASE WHEN late OR :max_running IS NULL THEN true ELSE nth + {at_runpod} <= CAST(:max_running AS INTEGER) END
 )
 
 
@@ -714,24 +753,50 @@ WHERE id IN (SELECT json_extract(value, '$.id') FROM json_each(:guarded)) AND wr
 ON CONFLICT DO NOTHING
 
 
+-- part: won
+-- The outcomes that this batch has won, for the first time: their lines are written after this. An outcome that somebody else has saved
+-- too, or that comes once more, says nothing new of an endpoint.
+FROM json_each(:outcomes) AS outcome
+JOIN jobs ON jobs.id = json_extract(outcome.value, '$.id')
+WHERE jobs.writer = :nonce AND jobs.version = coalesce(json_extract(outcome.value, '$.version'), jobs.version)
+  AND NOT EXISTS (SELECT 1 FROM job_events AS line WHERE line.job_id = jobs.id AND line.version = jobs.version AND line.n = 0)
+
+
 -- name: forget_faults
--- These endpoints work; those of them that were paused come back, to be logged.
+-- What works ends the count, and the pause; those that were paused come back, to be logged.
 DELETE FROM endpoint_faults
-WHERE (endpoint_id, kind) IN (SELECT json_extract(value, '$.endpoint_id'), json_extract(value, '$.kind') FROM json_each(:worked))
+WHERE (endpoint_id, kind) IN (
+  SELECT jobs.endpoint_id, json_extract(outcome.value, '$.kind')
+  {won} AND json_extract(outcome.value, '$.works')
+)
 RETURNING endpoint_id, NULL AS paused_until, code, sentence, paused_until IS NOT NULL AS is_news
 
 
+-- name: await_probes
+-- A run that tries an endpoint where runs fail is under way: what comes of it is waited for.
+UPDATE endpoint_faults
+SET paused_until = :run_until
+WHERE kind = 'run' AND probing AND endpoint_id IN (
+  SELECT jobs.endpoint_id {won} AND json_extract(outcome.value, '$.works') AND json_extract(outcome.value, '$.kind') = 'call'
+)
+
+
 -- name: count_faults
--- And these do not. From so many on they are paused; again and for longer, where a job has tried one in vain. What else still fails
--- there was sent before, and is only counted.
-INSERT INTO endpoint_faults (endpoint_id, kind, failures, pauses, paused_until, code, sentence, since, writer)
+-- What fails is counted, but where something has worked in this batch. From so many on the endpoint is paused; again and for longer,
+-- where a job has tried it in vain. What else still fails there was sent before, and is only counted.
+INSERT INTO endpoint_faults (endpoint_id, kind, failures, pauses, paused_until, code, sentence, since)
 SELECT
-  json_extract(value, '$.endpoint_id'), json_extract(value, '$.kind'), json_extract(value, '$.failures'),
-  json_extract(value, '$.failures') >= json_extract(:most, '$.' || json_extract(value, '$.kind')),
-  iif(json_extract(value, '$.failures') >= json_extract(:most, '$.' || json_extract(value, '$.kind')), json_extract(:pauses, '$[0]'), NULL),
-  json_extract(value, '$.code'), json_extract(value, '$.sentence'), :now, :nonce
-FROM json_each(:faults)
-WHERE true
+  endpoint_id, kind, failures, failures >= json_extract(:most, '$.' || kind),
+  iif(failures >= json_extract(:most, '$.' || kind), json_extract(:pauses, '$[0]'), NULL), code, sentence, :now
+FROM (
+  SELECT
+    jobs.endpoint_id, json_extract(outcome.value, '$.kind') AS kind, sum(NOT json_extract(outcome.value, '$.works')) AS failures,
+    max(json_extract(outcome.value, '$.works')) AS works, json_extract(outcome.value, '$.code') AS code,
+    json_extract(outcome.value, '$.sentence') AS sentence
+  {won}
+  GROUP BY 1, 2
+)
+WHERE NOT works AND endpoint_id IS NOT NULL
 ON CONFLICT DO UPDATE SET
   failures = failures + excluded.failures,
   paused_until = CASE
@@ -740,8 +805,7 @@ ON CONFLICT DO UPDATE SET
     ELSE paused_until
   END,
   pauses = pauses + (probing OR (paused_until IS NULL AND failures + excluded.failures >= json_extract(:most, '$.' || kind))),
-  probing = 0, code = excluded.code, sentence = excluded.sentence, writer = :nonce
-WHERE endpoint_faults.writer IS NOT :nonce
+  probing = 0, code = excluded.code, sentence = excluded.sentence
 RETURNING endpoint_id, paused_until, code, sentence, paused_until IN (SELECT value FROM json_each(:pauses)) AS is_news
 
 
@@ -771,7 +835,7 @@ CASE WHEN step = 'submit' AND status IN ('queued', 'running') THEN (
   WHERE fault.endpoint_id = jobs.endpoint_id
   HAVING max(fault.paused_until) IS NOT NULL
 ) END AS paused,
-CASE WHEN step = 'submit' AND status IN ('queued', 'running') THEN {at_runpod} >= CAST(:max_running AS INTEGER) END AS held
+CASE WHEN step = 'submit' AND status IN ('queued', 'running') AND :max_running IS NOT NULL THEN {at_runpod} >= CAST(:max_running AS INTEGER) END AS held
 
 
 -- name: select_job

@@ -119,7 +119,7 @@ class Recent:
 class Reads:
     """Each answer is one D1 call of at most `timeout` seconds, and raises what D1.query raises."""
 
-    def __init__(self, *, d1: D1, clock: Clock, max_running: int) -> None:
+    def __init__(self, *, d1: D1, clock: Clock, max_running: int | None) -> None:
         self._d1 = d1
         self._clock = clock
         self._max_running = max_running

@@ -7,11 +7,12 @@ in groups. So the number of D1 calls does not grow with the number of jobs.
 
 import contextlib
 import threading
+from collections import Counter
 from dataclasses import field
 from datetime import timedelta
 from random import Random
 
-from chalicelib import log, moves
+from chalicelib import breaker, log, moves
 from chalicelib.errors import IllegalTransition, ServiceError, TransientError
 from chalicelib.jobs import FINAL, Change, Job, State, to_text
 from chalicelib.records import dataclass
@@ -129,6 +130,7 @@ class Round:
         self._kept_bytes = 0
         self._keeping = threading.Lock()
         self._saves_refused = False
+        self._failed_calls: Counter[str] = Counter()  # in a row, by endpoint
         self._saved_at = self._begun_at = self.clock.monotonic()
 
     def run(self, *, ignore_due: bool, measure: bool) -> Report:
@@ -238,9 +240,13 @@ class Round:
 
     def _submit(self, job: Job) -> Outcome:
         too_few = self.store.has_few_calls(CALLS_KEPT_FOR_SAVES)  # as the answer to the claim has said
-        if self.deadline.left() < SUBMIT_BUDGET or self._saves_refused or too_few:
+        endpoint = job.endpoint_id or ""
+        fails = self._failed_calls[endpoint] >= breaker.MOST["call"]  # the table will know it with the next save
+        if self.deadline.left() < SUBMIT_BUDGET or self._saves_refused or too_few or fails:
             return Outcome(change=moves.return_unsent(job, now=self.clock.now()))
-        return Outcome(change=self.steps.submit(job, self.deadline))
+        change = self.steps.submit(job, self.deadline)
+        self._failed_calls[endpoint] = self._failed_calls[endpoint] + 1 if breaker.what_fails(change) else 0
+        return Outcome(change=change)
 
     def _poll(self, job: Job) -> Outcome:
         if self.deadline.left() < POLL_BUDGET:

@@ -101,7 +101,7 @@ class Store:
         submit_unknown_wait: float,
         total_deadline: float,
         max_queued: int,
-        max_running: int,
+        max_running: int | None,
         has_webhooks: bool,
     ) -> None:
         self._d1 = d1
@@ -203,7 +203,7 @@ class Store:
             "low_since": to_text(now - LOW_WAIT),
             "low_ahead": LOW_AHEAD,
             "low_deadline": 2 * LOW_WAIT.total_seconds(),
-            "probes_until": breaker.probes_until(now),
+            "probe_until": breaker.probe_until(now),
             "forgotten_at": to_text(now - FAULTS_KEPT),
             **self._intent(now),
         }
@@ -378,17 +378,16 @@ class Store:
             "lines": json.dumps(lines, ensure_ascii=False),
             "further": _rows(further, FURTHER),
         }
-        names = ["record_progress", "record_accepted", "save_changes", "reopen", "log_saved", "tell_of_saved"]
-        worked, faults = breaker.judge(changes)
-        if worked or faults:
+        names = ["record_progress", "record_accepted", "save_changes", "reopen"]
+        if outcomes := breaker.judge(changes):
             values |= {
-                "worked": json.dumps(worked),
-                "faults": json.dumps(faults, ensure_ascii=False),
+                "outcomes": json.dumps(outcomes, ensure_ascii=False),
                 "most": json.dumps(breaker.MOST),
                 "pauses": breaker.pauses_from(now),
+                "run_until": breaker.run_until(now),
             }
-            names += ["forget_faults", "count_faults"]
-        names.append("select_winners")
+            names += ["forget_faults", "await_probes", "count_faults"]
+        names += ["log_saved", "tell_of_saved", "select_winners"]
         *_, winners = self._run(names, values, timeout=timeout, to_the_last=True)
         return {row["id"]: row["version"] for row in winners}
 

@@ -35,7 +35,7 @@ GUARDS = """  AND jobs.version = json_extract(row.value, '$.version')
   -- The + keeps SQLite from going through every live row by the index of their status.
   AND +jobs.status IN ('queued', 'running')"""
 
-SAVE_AND_TELL = """        names.append("select_winners")
+SAVE_AND_TELL = """        names += ["log_saved", "tell_of_saved", "select_winners"]
         *_, winners = self._run(names, values, timeout=timeout, to_the_last=True)
 """
 
@@ -334,8 +334,8 @@ MUTANTS = [
     Mutant(
         "an end is saved and not told",
         "store.py",
-        '"log_saved", "tell_of_saved"]',
-        '"log_saved"]',
+        '"log_saved", "tell_of_saved", "select_winners"]',
+        '"log_saved", "select_winners"]',
     ),
     Mutant(
         "a cancel is not told",
@@ -353,8 +353,7 @@ MUTANTS = [
         "an end is told in a batch of its own",
         "store.py",
         SAVE_AND_TELL,
-        '        names.remove("tell_of_saved")\n'
-        + SAVE_AND_TELL
+        SAVE_AND_TELL.replace('"tell_of_saved", ', "")
         + '        self._run(["tell_of_saved"], values, timeout=timeout)\n',
     ),
     Mutant(
@@ -396,8 +395,8 @@ MUTANTS = [
     Mutant(
         "a round waits for the receivers",
         "pipeline.py",
-        "                errands.start(lambda: self.courier().run(deadline))  # beside",
-        "                self.courier().run(deadline)  # beside",
+        "                # Beside the rounds, which no receiver may delay.\n                errands.start(",
+        "                (lambda tell: tell())(",
     ),
     Mutant(
         "one host may have all that is told at a time",
@@ -444,8 +443,8 @@ MUTANTS = [
     Mutant(
         "a claim does not look whether an endpoint is paused",
         "queries.sql",
-        "          AND (deadline_at <= :now OR NOT ({is_paused}))\n",
-        "",
+        "          AND coalesce(deadline_at > :now, true) AND NOT ({is_paused})\n",
+        "          AND coalesce(deadline_at > :now, true)\n",
     ),
     Mutant(
         "a create does not look whether an endpoint is paused",
@@ -456,32 +455,32 @@ MUTANTS = [
     Mutant(
         "two jobs try a paused endpoint",
         "queries.sql",
-        "SET probing = 1, paused_until = json_extract(:probes_until, '$.' || kind)\n",
+        "SET probing = 1, paused_until = :probe_until\n",
         "SET probing = 1\n",
     ),
     Mutant(
         "an endpoint stays paused where its last job died",
         "queries.sql",
-        "HAVING max(paused_until) <= :now",
-        "HAVING max(paused_until) <= :now AND NOT max(probing)",
+        "      HAVING max(paused_until) <= :now\n",
+        "      HAVING max(paused_until) <= :now AND NOT max(probing)\n",
     ),
     Mutant(
         "what works does not end a pause",
         "store.py",
-        '            names += ["forget_faults", "count_faults"]\n',
-        '            names += ["count_faults"]\n',
+        '["forget_faults", "await_probes", "count_faults"]',
+        '["await_probes", "count_faults"]',
     ),
     Mutant(
         "a claim does not look how many runs there are",
         "queries.sql",
-        " AND (late OR nth + {at_runpod} <= CAST(:max_running AS INTEGER))",
-        "",
+        "ELSE nth + {at_runpod} <= CAST(:max_running AS INTEGER) END",
+        "ELSE true END",
     ),
     Mutant(
         "a create does not look how many runs there are",
         "queries.sql",
-        " AND key + {at_runpod} < CAST(:max_running AS INTEGER)",
-        "",
+        "ELSE key + {before} < CAST(:max_running AS INTEGER) END",
+        "ELSE true END",
     ),
 ]
 

@@ -2,10 +2,11 @@
 
 import itertools
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
-from chalicelib import breaker, jobs, moves
+from chalicelib import bootstrap, breaker, jobs, moves, settings
 from chalicelib.d1 import Statement
 from chalicelib.errors import PermanentError, TransientError
 from chalicelib.jobs import State
@@ -232,15 +233,123 @@ def test_a_save_that_is_repeated_counts_once(bench, table):
     assert faults_in(table)[("local-endpoint", "run")]["failures"] == 1
 
 
-def test_a_batch_in_which_something_works_counts_no_fault(bench):
-    job = bench.job(bench.create())
-    submitting = jobs.Job(**{**vars(job), "step": "submitting", "status": "queued"})
-    refused = TransientError("runpod_unauthorized", "No.", service="runpod")
-    lost = moves.give_back(submitting, refused, now=bench.clock.now(), rng=bench.service._rng)
-    taken = moves.accept(submitting, runpod_job_id="r", runpod_status="", now=bench.clock.now())
+def failed(bench, number, start=0):
+    """Jobs whose runs have failed, not yet saved."""
+    error = PermanentError("worker_failed", "It failed.", service="runpod")
+    made = [bench.job(bench.create(f"cat {n}")) for n in range(start, start + number)]
+    return [moves.fail(job, error, now=bench.clock.now()) for job in made]
 
-    assert breaker.judge([lost, taken])[1] == []
-    assert [fault["failures"] for fault in breaker.judge([lost, lost])[1]] == [2]
+
+def save(bench, changes, nonce):
+    bench.service.store.save(changes, nonce=nonce, now=bench.clock.now(), timeout=5.0)
+
+
+def test_who_sees_the_same_failures_too_counts_none(bench, table):
+    changes = failed(bench, 5)
+    for nonce in ("one", "two"):
+        save(bench, changes, nonce)
+
+    assert faults_in(table)[("local-endpoint", "run")]["failures"] == 5
+
+
+def test_a_save_that_is_repeated_after_another_counts_nothing(bench, table):
+    first, second = failed(bench, 1), failed(bench, 1, 1)
+    for changes, nonce in ((first, "one"), (second, "two"), (first, "one")):
+        save(bench, changes, nonce)
+    assert faults_in(table)[("local-endpoint", "run")]["failures"] == 2
+    bench.create()
+    bench.round()  # its picture ends the count
+    assert faults_in(table) == {}
+    save(bench, first, "one")
+
+    assert faults_in(table) == {}
+
+
+def test_where_something_has_worked_in_a_batch_no_failure_counts(bench, table):
+    *fail, done = failed(bench, 12)
+    save(bench, [*fail, moves.complete(done.before, lease_until="", runpod={}, now=bench.clock.now())], "one")
+    assert faults_in(table)[("local-endpoint", "run")]["paused_until"]
+    bench.clock.advance(601)
+    bench.round()
+
+    assert faults_in(table) == {}
+
+
+def test_what_only_r2_keeps_from_being_done_was_drawn(bench, table, no_r2):
+    for _ in range(3):
+        for n in range(9):
+            bench.create(simulate=FAILED if n < 4 else {})
+        bench.round()
+
+    assert [fault["paused_until"] for fault in faults_in(table).values()] == []
+
+
+def test_a_run_that_its_callback_has_adopted_says_nothing_of_calls(bench):
+    job = jobs.Job(id="j", step="submitting", version=1)
+    adopted = moves.accept(job, runpod_job_id="r", runpod_status="", adopted=True, now=bench.clock.now())
+
+    assert breaker.judge([adopted]) == []
+
+
+def test_of_one_list_few_are_sent_to_an_endpoint_that_fails(bench, monkeypatch):
+    monkeypatch.setattr("chalicelib.pipeline.THREADS", 1)
+    bench.faults.add(RUN, (502, "bad gateway"), times=1000)
+    made = [bench.service.pipeline.new_job(prompt=f"p{n}", model="m", payload=None) for n in range(50)]
+    bench.service.pipeline.create(made, bench.deadline(24.0), by="test")
+
+    assert 1000 - left(bench) == 5
+
+
+def test_a_job_that_is_refused_each_time_is_not_always_the_one_that_tries(bench, monkeypatch):
+    """Twenty whose calls a firewall refuses, and one that is fine."""
+    run = type(bench.service._runpod).run
+
+    def refuse(self, endpoint, payload, **options):
+        if payload["prompt"] == "bad":
+            raise TransientError("runpod_unauthorized", "No.", service="runpod")
+        return run(self, endpoint, payload, **options)
+
+    monkeypatch.setattr(type(bench.service._runpod), "run", refuse)
+    for _ in range(20):
+        bench.create("bad")
+    good = bench.create("good")
+    minutes(bench, 240)
+
+    assert bench.job(good).status == "done"
+
+
+def test_one_good_job_among_many_that_fail_gets_through(bench):
+    for _ in range(100):
+        bench.create(simulate=FAILED)
+    good = bench.create()
+    minutes(bench, 120)
+
+    assert bench.job(good).status == "done"
+
+
+def test_what_is_too_late_already_tries_no_endpoint(bench, table):
+    bench.faults.add(RUN, DENIED, times=5)
+    for _ in range(5):
+        bench.create()
+    table("UPDATE jobs SET deadline_at = '2026-01-31T23:59:30.000Z', due_at = ''")
+    good = bench.create()
+    bench.round(after=61)
+
+    assert bench.job(good).state is State.POLL
+
+
+def test_the_wait_for_a_run_that_tries_it_begins_when_it_is_sent(bench, table):
+    for _ in range(10):
+        bench.create(simulate=FAILED)
+    bench.round()
+    bench.create(simulate={"run_seconds": 300})
+    bench.faults.add(RUN, (429, "", {"Retry-After": "1"}))
+    bench.round(after=61)  # not sent, so in a minute once more
+    (fault,) = faults_in(table).values()
+    assert jobs.from_text(fault["paused_until"]) - bench.clock.at == timedelta(seconds=60)
+    bench.round(after=61)
+    (fault,) = faults_in(table).values()
+    assert jobs.from_text(fault["paused_until"]) - bench.clock.at == timedelta(seconds=600)
 
 
 # How many runs RunPod has at once
@@ -284,19 +393,69 @@ def test_those_that_wait_follow_as_others_end(two_at_once, bench):
     assert {job.status for job in bench.jobs()} == {"done"}
 
 
+def test_those_who_wait_go_before_those_who_come(two_at_once, bench):
+    first = [bench.create(simulate={"run_seconds": 10}) for _ in range(6)]
+    for _ in range(20):
+        bench.clock.advance(14)
+        bench.create(simulate={"run_seconds": 10})
+        bench.round(after=1)
+        bench.create(simulate={"run_seconds": 10})
+
+    assert {bench.job(job_id).status for job_id in first} == {"done"}
+
+
+def test_behind_very_many_a_job_still_ends_at_its_deadline(two_at_once, bench, table):
+    for _ in range(2):
+        bench.create(simulate={"run_seconds": 1000})
+    rows = ", ".join(f"('{n:03}', 'queued', 'submit', '2026-01-31', '2026')" for n in range(250))
+    table(f"INSERT INTO jobs (id, status, step, created_at, due_at) VALUES {rows}")
+    late = bench.create()
+    table("UPDATE jobs SET deadline_at = '2026-01-31T23:59:30.000Z' WHERE id = ?", late)
+    bench.round(after=60)
+
+    assert bench.job(late).error_code == "total_deadline"
+
+
+def test_a_low_job_comes_after_the_others_there_too(environment, bench):
+    environment["MAX_RUNNING"] = "1"
+    service = bootstrap.build(settings.load(environment), bench.clock)
+    bench.service = service
+    bench.create(simulate={"run_seconds": 20})
+    low = service.pipeline.new_job(prompt="low", model="m", payload=None, priority="low")
+    service.pipeline.create([low], bench.deadline(24.0), by="test")
+    later = bench.create()
+    for _ in range(3):
+        bench.round()
+
+    assert (bench.job(low.id).attempt, bench.job(later).attempt) == (0, 1)
+
+
 def test_a_probe_is_bounded_too(two_at_once, bench):
     bench.create(simulate={"run_seconds": 600})
     bench.create(simulate={"run_seconds": 600})
-    bench.service.store._d1.query([_paused("2026-01-31T23:00:00.000Z")], timeout=5.0)
+    bench.service.store._d1.query([_paused("2026-01-31T23:58:00.000Z")], timeout=5.0)
     bench.create()
     bench.round()
 
     assert sent(bench.cloud) == 2
 
 
-def _paused(until):
+def test_probes_of_several_endpoints_are_bounded_together(environment, bench, table, monkeypatch):
+    environment["MAX_RUNNING"] = "1"
+    bench.service = bootstrap.build(settings.load(environment), bench.clock)
+    monkeypatch.setitem(bench.service.models.known, "other", _with_endpoint(bench.service.models.get("x"), OTHER))
+    for endpoint in ("local-endpoint", OTHER):
+        bench.service.store._d1.query([_paused("2026-01-31T23:58:00.000Z", endpoint)], timeout=5.0)
+    table("INSERT INTO jobs (id, status, step, model) VALUES ('a', 'queued', 'submit', 'x')")
+    table("INSERT INTO jobs (id, status, step, model) VALUES ('b', 'queued', 'submit', 'other')")
+    bench.round()
+
+    assert sent(bench.cloud) == 1
+
+
+def _paused(until, endpoint="local-endpoint"):
     columns = "endpoint_id, kind, failures, paused_until, code, sentence, since"
     return Statement(
-        f"INSERT INTO endpoint_faults ({columns}) VALUES (?1, 'call', 5, ?2, 'c', 's', 't')", ("local-endpoint", until)
+        f"INSERT INTO endpoint_faults ({columns}) VALUES (?1, 'call', 5, ?2, 'c', 's', 't')", (endpoint, until)
     )
 
