@@ -36,21 +36,45 @@ MATH = {
 def evaluate(template, lines, at, aws=(), *, stack=STACK):
     """
     The state of each alarm, by its name without the stack's, at this instant (seconds since 1970), as it came to be
-    since the first line. `aws` has points of AWS's own metrics: (namespace, name, dimensions, instant, value), where a
-    dimension that the template refers to has its logical id for a value, such as FunctionName PollJobs.
+    since the first line. `aws` is as in Watch.hear().
     """
-    series = read(lines)
-    for namespace, name, dimensions, instant, value in aws:
-        series[namespace, name, frozenset(dimensions.items())][int(instant // 60)].append(value)
-    first = min((minute for minutes in series.values() for minute in minutes), default=int(at // 60))
-    found = {}
-    for resource in template["Resources"].values():
-        if resource["Type"] == "AWS::CloudWatch::Alarm":
-            alarm, state = resource["Properties"], INSUFFICIENT
-            for end in range(first + 1, int(at // 60) + 1):
-                state = next_state(state, alarm, points(alarm, series, end, stack))
-            found[alarm["AlarmName"]["Fn::Sub"].removeprefix("${AWS::StackName}-")] = state
-    return found
+    watch = Watch(template, stack=stack)
+    watch.hear(lines, aws)
+    for end in range(watch.first(default=int(at // 60)) + 1, int(at // 60) + 1):
+        watch.look(end)
+    return watch.states
+
+
+class Watch:
+    """The alarms of a template, and what they have been told so far."""
+
+    def __init__(self, template, *, stack=STACK):
+        resources = [one for one in template["Resources"].values() if one["Type"] == "AWS::CloudWatch::Alarm"]
+        names = [one["Properties"]["AlarmName"]["Fn::Sub"].removeprefix("${AWS::StackName}-") for one in resources]
+        self._alarms = dict(zip(names, [one["Properties"] for one in resources], strict=True))
+        self._series = defaultdict(lambda: defaultdict(list))
+        self._stack = stack
+        self.states = dict.fromkeys(names, INSUFFICIENT)
+
+    def hear(self, lines, aws=()):
+        """
+        Take in lines of the log, and points of AWS's own metrics: (namespace, name, dimensions, instant, value), where
+        a dimension that the template refers to has its logical id for a value, such as FunctionName PollJobs.
+        """
+        for key, minutes in read(lines).items():
+            for minute, values in minutes.items():
+                self._series[key][minute] += values
+        for namespace, name, dimensions, instant, value in aws:
+            self._series[namespace, name, frozenset(dimensions.items())][int(instant // 60)].append(value)
+
+    def first(self, *, default):
+        """The first minute that there is anything of."""
+        return min((minute for minutes in self._series.values() for minute in minutes), default=default)
+
+    def look(self, end):
+        """Look at what there is before this minute (since 1970), as is done once in each."""
+        for name, alarm in self._alarms.items():
+            self.states[name] = next_state(self.states[name], alarm, points(alarm, self._series, end, self._stack))
 
 
 def read(lines):
