@@ -362,7 +362,8 @@ class Pipeline:
     def _say(self, report: Report, seconds: float) -> None:
         for name, value in report.measured.metrics.items() if report.measured else ():
             metrics.tell(name, value)
-        for name in ("Rounds", "Done", "Errors"):  # the share of the errors wants both, though there is none
+        # Where an alarm finds nothing it looks further back: of ends and costs there is always something, if only 0.
+        for name in ("Rounds", "Done", "Errors", "CostUSD"):
             metrics.count(name, name == "Rounds")
         metrics.tell("RoundSeconds", seconds)
         log.round_over(checked=report.checked, submitted=report.submitted, updated=len(report.updated), seconds=seconds)
