@@ -149,7 +149,7 @@ def test_at_the_limits_all_is_still_well(made, story):
 FAULTS = {
     "no-rounds": {"rounds": 0, "requests": {}, "minutes": 60},
     "rounds-fail": {"failing": 1, "gauges": 0},
-    "d1-calls-run-out": {"left": 199},
+    "d1-calls-run-out": {"left": 199, "mended": 10},
     "queue-stuck": {"figures": {"OldestQueued": 1201}},
     "no-worker": {"figures": {"OldestWithoutWorker": 901}},
     "runs-too-long": {"figures": {"OldestRunning": 5401}},
