@@ -112,7 +112,18 @@ def points(alarm, series, end, stack):
     known = {name: statistics(one["Metric"], one["Stat"], one["Period"]) for name, one in measured.items()}
     (result,) = (query for query in alarm["Metrics"] if query.get("ReturnData", True))
     tree = ast.parse(result["Expression"], mode="eval").body
+    known |= dict(_filled(tree, known))
     return [_calculated(tree, dict(zip(known, values, strict=True))) for values in zip(*known.values(), strict=True)]
+
+
+def _filled(tree, known):
+    """What FILL has made of a metric; one without any point stays so, of which the page says nothing."""
+    for call in ast.walk(tree):
+        match call:
+            case ast.Call(func=ast.Name(id="FILL"), args=[ast.Name(id=name), ast.Constant(value=filler)]):
+                values = known[name]
+                if any(value is not None for value in values):
+                    yield name, [filler if value is None else value for value in values]
 
 
 def _key(metric, stack):
@@ -146,6 +157,8 @@ def _value(node, values):
             return values[node.id] or 0
         case ast.BinOp():
             return MATH[type(node.op)](_value(node.left, values), _value(node.right, values))
+        case ast.Call(func=ast.Name(id="FILL"), args=[metric, _]):
+            return _value(metric, values)
         case ast.Compare(ops=[compare], comparators=[right]):
             return MATH[type(compare)](_value(node.left, values), _value(right, values))
         case ast.Call(func=ast.Name(id="IF"), args=[condition, then, otherwise]):
