@@ -14,7 +14,7 @@ from typing import Any
 from chalicelib.bootstrap import Service
 from chalicelib.errors import RequestError, ServiceError, TransientError
 from chalicelib.jobs import NEWEST, RUNPOD_KEEPS
-from chalicelib.runtime import Deadline
+from chalicelib.runtime import Deadline, Until
 from tests.simulation.clouds import PICTURES, RECEIVERS, Run
 from tests.simulation.faults import Fate, Faults, Plan
 from tests.simulation.scenario import ENVIRONMENT, Scenario
@@ -1310,11 +1310,11 @@ def few_calls_are_left_and_the_callbacks_leave_them_to_the_rounds(stage: Stage) 
     job = stage.new()
     stage.pass_time(30.0)
     service = next(process for process in stage.world.processes if process.kind == "api").service
-    service.store._d1._calls_left = (299, stage.world.now + 60.0)
+    service.store._d1._calls_left = (299, Until(service.clock, 60.0))
     calls = len(stage.world.trace)
     stage.expect(stage.tell(stage.runs(job)[0]) == "left to the next round", "it was not left")
     stage.expect(len(stage.world.trace) == calls + 1, "it made more than one call")
-    service.store._d1._calls_left = (99, stage.world.now + 60.0)
+    service.store._d1._calls_left = (99, Until(service.clock, 60.0))
     stage.expect(isinstance(stage.tell(stage.runs(job)[0]), TransientError), "it was not put off")
     stage.ends(job, "done")
 
@@ -1325,7 +1325,7 @@ def a_lost_run_is_adopted_though_few_calls_are_left(stage: Stage) -> None:
     job = stage.new()
     stage.pass_time(30.0)
     service = next(process for process in stage.world.processes if process.kind == "api").service
-    service.store._d1._calls_left = (299, stage.world.now + 60.0)
+    service.store._d1._calls_left = (299, Until(service.clock, 60.0))
     stage.expect(stage.tell(stage.runs(job)[0]) == "adopted", "it is sent again")
     stage.ends(job, "done")
 
