@@ -17,10 +17,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 STACK = "ob-ai-studio-prod"
 BEGIN = 1_795_400_040  # a whole minute
 TOLD = {"DEPLOY_ALARM_EMAIL": "ops@example.com", "DEPLOY_DAILY_USD": "10"}
-RUNBOOKS = {
-    "deploy", "rotate a key", "R2 outage", "D1 lock-out", "stuck endpoint", "restore", "upgrade", "costs",
-    "the first hour with an alarm",
-}  # fmt: skip
+OPERATIONS = README.split("\n## Operations\n")[1].split("\n## ")[0]
+RUNBOOKS = {heading.casefold() for heading in re.findall(r"^### (.+)$", OPERATIONS, flags=re.MULTILINE)} - {"alarms"}
 OF_AWS = {
     "AWS/Lambda": ({"FunctionName"}, {"Errors", "Throttles", "Duration"}),
     "AWS/ApiGateway": ({"ApiName", "Stage"}, {"5XXError", "Count", "Latency"}),
@@ -379,7 +377,13 @@ def test_readmes_table_is_what_the_alarms_say(made):
         alarm["AlarmName"]["Fn::Sub"].removeprefix("${AWS::StackName}-"): alarm["AlarmDescription"]
         for alarm in properties(made).values()
     }
-    assert {runbook for *_, runbook in rows} <= RUNBOOKS
+
+
+def test_every_alarm_leads_to_a_runbook_that_readme_has(made):
+    descriptions = [alarm["AlarmDescription"] for alarm in properties(made).values()]
+    named = {re.search(r"README, Operations: (.+)\.$", text)[1].casefold() for text in descriptions}
+
+    assert named - RUNBOOKS == set()
 
 
 def test_readme_says_what_they_cost(made):

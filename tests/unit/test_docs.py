@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 import app
-from chalicelib import metrics, settings
+from chalicelib import answers, breaker, d1, metrics, pipeline, settings, store
+from chalicelib.auth import Right
 from chalicelib.errors import REQUEST_STATUS
 from chalicelib.jobs import STATUS_OF, TRANSITIONS, State
 from tests.conftest import FIELDS, call
@@ -22,6 +23,9 @@ ROOT = Path(__file__).parents[2]
 TEMPLATE = yaml.safe_load((ROOT / ".chalice" / "template.yaml").read_text(encoding="utf-8"))
 COMMANDS = ["./run", "./test", "./run --help", "./deploy package --stage prod", "./deploy aws --stage prod"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+TICKED = re.compile(r"`(\w+)`").findall
 
 
 def section(title):
@@ -57,6 +61,52 @@ def test_every_field_of_the_log_is_in_the_table():
     rows = re.findall(r"^\| (`.+?`) \|", section("The log"), flags=re.MULTILINE)
 
     assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == list(FIELDS)
+
+
+def test_the_queries_of_the_log_use_its_fields():
+    queries = re.search(r"```text\n(.+?)```", section("The first hour with an alarm"), flags=re.DOTALL)
+    of_insights = {
+        "filter", "stats", "sort", "display", "by", "as", "in", "desc", "ispresent", "count", "latest", "sum", "max",
+        "@timestamp",
+    }  # fmt: skip
+
+    for query in queries[1].splitlines():
+        words = re.findall(r"@?[A-Za-z]\w*", re.sub(r'"[^"]*"', "", query))
+        named = set(re.findall(r"as (\w+)", query))
+        assert set(words) - of_insights - named - {*FIELDS, *metrics.METRICS} == set(), query
+
+
+def test_what_is_left_out_for_want_of_calls_is_as_the_code_has_it():
+    rows = re.findall(r"^\| under (\d+) \|", section("What looks after itself"), flags=re.MULTILINE)
+    kept = answers.KEPT_CALLS
+    wanted = [store.CALLS_KEPT_FROM_WEBHOOKS, kept[Right.READ], pipeline.CALLS_KEPT_FOR_ROUNDS, kept[Right.WRITE]]
+
+    assert [int(row) for row in rows] == [*wanted, d1.LAST_CALLS]
+    assert kept[Right.WRITE] == kept[Right.ADMIN]
+
+
+def test_the_pauses_of_an_endpoint_are_those_of_the_code():
+    *first, last = [seconds // 60 for seconds in breaker.PAUSES]
+
+    assert f"After {', '.join(map(str, first))}, then every {last} minutes" in section("What looks after itself")
+    assert breaker.MOST == {"call": 5, "run": 10}
+
+
+def test_what_a_stuck_job_waits_for_is_one_of_its_reasons():
+    codes = [
+        {code for row in re.findall(r"^ *\| (`.+?) \|", section(title), flags=re.MULTILINE) for code in TICKED(row)}
+        for title in ("Stuck endpoint", "Why a job waits")
+    ]
+
+    assert codes[0] - {"waiting"} <= codes[1]
+    assert len(codes[0]) > 5
+
+
+def test_every_link_within_readme_leads_to_a_heading():
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+    assert set(re.findall(r"\]\(#(.+?)\)", README)) - anchors == set()
 
 
 def test_every_metric_is_in_the_table_with_its_unit():
