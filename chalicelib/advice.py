@@ -58,6 +58,9 @@ ERRORS = {
     "out, and `python -m tools.provision` finds or makes one.",
     "d1_read_only": TOKEN,
     "d1_quota": "It begins anew at 00:00 UTC; the paid plan has no daily limit.",
+    "d1_overloaded": LATER,
+    "d1_internal": LATER,
+    "d1_reset": LATER,
     "d1_rate_limited": "Wait five minutes. Something else that uses Cloudflare's API may be busy: 1,200 calls in five "
     "minutes are for all of the account's tools.",
     "d1_no_tables": "Run `python -m tools.schema` with the same --env; if it should have jobs, check D1_DATABASE_ID.",
@@ -129,7 +132,8 @@ WARNINGS = {
     "workers_starting": "Wait; if it stays so, look at a worker's log in RunPod.",
     "left_out": "Mend those first, then look again.",
     "jobs_failed": "README's table of error codes says what each means.",
-    "dead_letters": "Mend what failed, then POST /api/dead-letters/redrive, before the results are forgotten.",
+    "dead_letters": "Mend what failed. GET /api/dead-letters says what is left of each: redrive that before it is "
+    "forgotten; the others are drawn again by a retry.",
 }
 ELSE = "Read the sentence, and try again."
 

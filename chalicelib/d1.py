@@ -82,6 +82,7 @@ class D1:
         """Raise TransientError, whose retry_after says when there are more, where fewer calls than that are left."""
         left, until = self._calls_left
         if until.left() > 0 and left < number:
+            metrics.tell("D1CallsLeft", left)
             raise TransientError(
                 "d1_few_calls",
                 f"Only {left} of Cloudflare's API calls are left for now, which are kept for what cannot wait.",
@@ -117,6 +118,7 @@ class D1:
     def _query_once(self, body: bytes, count: int, deadline: Deadline, to_the_last: bool) -> list[list[Row]]:
         locked_for = self._locked.left()
         if locked_for > 0:  # a call now would be refused, and might prolong it
+            metrics.tell("D1CallsLeft", 0)
             raise _rate_limited(locked_for)
         self.require_calls(0 if to_the_last else LAST_CALLS)
         metrics.count("D1Calls")

@@ -294,16 +294,18 @@ WHERE id IN (
       FROM (
         SELECT id, due_at
         FROM jobs
-        WHERE status IN ('queued', 'running') AND step = 'submit' AND deadline_at <= :now
+        -- Among the oldest they are found below, where nothing keeps these from being claimed.
+        WHERE (:max_running IS NOT NULL OR EXISTS (SELECT 1 FROM endpoint_faults WHERE paused_until IS NOT NULL))
+          AND status IN ('queued', 'running') AND step = 'submit' AND deadline_at <= :now
         LIMIT CAST(:limit AS INTEGER)
       )
       UNION ALL
-      SELECT id, due_at, prompt, input, false AS late, false AS low
+      SELECT id, due_at, prompt, input, late, false AS low
       FROM (
-        SELECT id, due_at, prompt, input
+        SELECT id, due_at, prompt, input, coalesce(deadline_at <= :now, false) AS late
         FROM jobs
         WHERE status IN ('queued', 'running') AND step = 'submit' AND due_at <= :now AND (priority <> 'low' OR created_at <= :low_since OR deadline <= CAST(:low_deadline AS INTEGER))
-          AND coalesce(deadline_at > :now, true) AND NOT ({is_paused})
+          AND NOT ({is_paused})
         ORDER BY due_at
         LIMIT CAST(:limit AS INTEGER)
       )
@@ -313,7 +315,7 @@ WHERE id IN (
         SELECT id, due_at, prompt, input
         FROM jobs
         WHERE status IN ('queued', 'running') AND step = 'submit' AND due_at <= :now AND priority = 'low' AND created_at > :low_since
-          AND coalesce(deadline > CAST(:low_deadline AS INTEGER), true) AND coalesce(deadline_at > :now, true) AND NOT ({is_paused})
+          AND coalesce(deadline > CAST(:low_deadline AS INTEGER), true) AND NOT ({is_paused})
         ORDER BY due_at
         LIMIT min(CAST(:limit AS INTEGER), max(0, CAST(:low_ahead AS INTEGER) - (
           SELECT count(*)
@@ -329,7 +331,7 @@ WHERE id IN (
         )))
       )
     )
-    WINDOW oldest AS (ORDER BY late, low, due_at, id)
+    WINDOW oldest AS (ORDER BY late DESC, low, due_at, id)
   )
   WHERE (nth = 1 OR bytes <= CAST(:bytes AS INTEGER)) AND CASE WHEN late OR :max_running IS NULL THEN true ELSE nth + {at_runpod} <= CAST(:max_running AS INTEGER) END
 )

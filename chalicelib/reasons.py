@@ -112,7 +112,9 @@ def _in_our_queue(job: Job, now: datetime) -> Reason:
     place = None if job.ahead is None else job.ahead + 1
     if job.held:
         return _reason(
-            "max_running", "RunPod has as many runs as it may have at once; it is sent when one has ended.", place=place
+            "max_running",
+            "RunPod has as many runs as it may have (MAX_RUNNING); it is sent when one has ended.",
+            place=place,
         )
     if job.priority == LOW:
         return _reason("low_priority", "It is of low priority, and sent when few runs wait at RunPod.", place=place)

@@ -55,6 +55,10 @@ def _count(value: str) -> int:
     return int(value)
 
 
+def _bound(value: str) -> int:
+    return 0 if value == "0" else _count(value)
+
+
 def _wait(value: str) -> int:
     if _count(value) < 60:
         raise ValueError("60 or more: a call may still be under way for that long")
@@ -176,8 +180,8 @@ class Settings:
     )
     max_running: int = _setting(
         "Runs that RunPod may have at once, waiting or drawing; further jobs wait in our queue, where a cancel costs "
-        "nothing",
-        _count,
+        "nothing. 0: nothing is sent",
+        _bound,
         default="10000",
     )
     max_queued: int = _setting(
@@ -186,8 +190,8 @@ class Settings:
         default="10000",
     )
     retention_days: int = _setting(
-        "Days after its end from which on a job is removed with its files, but no dead letter; 0: all are kept for "
-        "good",
+        "Days after its end from which on a job is removed with its files, 2 or more, but no dead letter; 0: all are "
+        "kept for good",
         _days,
         default="0",
     )

@@ -25,6 +25,11 @@ def check(values: Mapping[str, str]) -> None:
     for name in DEADLINES:
         if values.get(name, "").startswith(parameters.PREFIX):
             raise Problem(f"{name} must stand here itself, not in SSM Parameter Store: alarms follow from it.")
+    if "DEPLOY_DAILY_USD" in values and not any(model.price for model in _models()):
+        raise Problem(
+            "DEPLOY_DAILY_USD wants the price of a model in chalicelib/models.json (price_per_second): without one no "
+            "cost is known, and its alarm never goes off."
+        )
 
 
 def resources(values: Mapping[str, str]) -> Resources:
@@ -52,11 +57,14 @@ def _times(values: Mapping[str, str]) -> list[tuple[int, int]]:
     """Seconds that a run may wait for a worker, and take, for each model, and where the model is not known."""
     start = int(values.get("START_DEADLINE", Settings.start_deadline))
     run = int(values.get("RUN_DEADLINE", Settings.run_deadline))
+    return [(model.start or start, model.run or run) for model in [Model(name=""), *_models()]]
+
+
+def _models() -> list[Model]:
     try:
-        models = [Model(name=""), *catalogue.load().known.values()]
+        return list(catalogue.load().known.values())
     except SettingError as error:
         raise Problem(error.sentence) from error
-    return [(model.start or start, model.run or run) for model in models]
 
 
 def _told(alarms: Resources, email: str) -> Resources:

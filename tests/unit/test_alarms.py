@@ -151,7 +151,7 @@ FAULTS = {
     "queue-stuck": {"figures": {"OldestQueued": 1201}},
     "no-worker": {"figures": {"OldestWithoutWorker": 901}},
     "runs-too-long": {"figures": {"OldestRunning": 5401}},
-    "endpoint-paused": {"figures": {"PausedEndpoints": 1}},
+    "endpoint-errors": {"figures": {"PausedEndpoints": 1}},
     "storing-fails": {"figures": {"OldestStoring": 301}},
     "dead-letters": {"figures": {"DeadLetters": 1}},
     "most-jobs-fail": {"figures": {"Errors": 6, "Done": 5}, "minutes": 15, "mended": 15},
@@ -160,7 +160,7 @@ FAULTS = {
     "api-errors": {"requests": {"Count": 60, "5XXError": 4}},
     "over-budget": {"figures": {"CostUSD": 2.6}, "minutes": 1, "mended": 24 * 60},
 }
-OF_GAUGES = ["queue-stuck", "no-worker", "runs-too-long", "endpoint-paused", "storing-fails", "dead-letters"]
+OF_GAUGES = ["queue-stuck", "no-worker", "runs-too-long", "endpoint-errors", "storing-fails", "dead-letters"]
 
 
 def go_wrong(story, name, minutes=0):

@@ -459,3 +459,14 @@ def _paused(until, endpoint="local-endpoint"):
         f"INSERT INTO endpoint_faults ({columns}) VALUES (?1, 'call', 5, ?2, 'c', 's', 't')", (endpoint, until)
     )
 
+
+
+def test_with_none_allowed_nothing_is_sent_but_by_hand(environment, client, bench):
+    environment["MAX_RUNNING"] = "0"
+    bench.service = bootstrap.build(settings.load(environment), bench.clock)
+    job_id = bench.create()
+    bench.round()
+    assert (sent(bench.cloud), why(bench, job_id)["code"]) == (0, "max_running")
+    assert call(client, "POST", "/dev/runpod")[0] == 200
+
+    assert sent(bench.cloud) == 1
