@@ -116,6 +116,7 @@ ERRORS = {
 }
 WARNINGS = {
     "webhook_half": "Set both, or neither: ends are found by polling then, up to 15 s later.",
+    "webhook_no_d1": "Mend D1 first; callbacks are taken again then.",
     "jobs_refused": "RunPod itself did not take the body; its words say why (it may have 10 MB). Where a worker does "
     "not like an input, it fails, and its words are in the job.",
     "setting_unknown": "Rename it, or take it out.",

@@ -326,10 +326,9 @@ def _callback(reply: Reply) -> Finding:
         return Finding("webhook", sentence, "webhook_other_secret")
     if code == "route_not_found" or said.get("message") in ("Missing Authentication Token", "Forbidden", "Not Found"):
         return Finding("webhook", f"PUBLIC_BASE_URL has no such route ({reply.status}).", "webhook_no_route")
-    if str(code) in advice.ERRORS and str(code).startswith("d1_"):
-        return Finding(
-            "webhook", f"A callback reaches the deployed service, which has no D1: {said['error']}", str(code)
-        )
+    if str(code).startswith("d1_"):
+        sentence = f"A callback reaches the deployed service, which has no D1: {said['error']}"
+        return Finding("webhook", sentence, "webhook_no_d1")
     if 300 <= reply.status < 400:
         return Finding("webhook", f"PUBLIC_BASE_URL leads on to {reply.headers.get('Location')}.", "webhook_redirect")
     if "code" in said and "error" in said:

@@ -208,7 +208,12 @@ SICKNESSES = {
         "is not this service", answers={HOOK: Answer(200, b"hello")}, PUBLIC_BASE_URL="{base}/hook"
     ),
     "webhook_failing": Sickness(
-        "cannot take callbacks (502 d1_unauthorized)",
+        "cannot take callbacks (500 internal_error)",
+        answers={HOOK: json_answer(500, {"ok": False, "code": "internal_error", "error": "Something failed."})},
+        PUBLIC_BASE_URL="{base}/hook",
+    ),
+    "webhook_no_d1": Sickness(
+        "which has no D1: D1 refused the token.",
         answers={HOOK: json_answer(502, {"ok": False, "code": "d1_unauthorized", "error": "D1 refused the token."})},
         PUBLIC_BASE_URL="{base}/hook",
     ),
