@@ -7,23 +7,14 @@ import pytest
 from chalicelib import bootstrap, settings
 from chalicelib.errors import TransientError
 from tests.conftest import AUTH, call
-from tools.cloud import Account, LocalCloud
 from tools.cloud.rate_limit import SECONDS
 
 LONG = {"run_seconds": 100_000}
 
 
 @pytest.fixture
-def cloud(tmp_path, clock):
-    cloud = LocalCloud(
-        tmp_path / "cloud",
-        base_url="http://cloud.test:8001",
-        account=Account(),
-        clock=lambda: clock.at.timestamp(),
-        rate_limited=True,
-    )
-    yield cloud
-    cloud.close()
+def rate_limited():
+    return True
 
 
 def leave(cloud, bench, calls):

@@ -17,13 +17,6 @@ def environment(environment):
     return {**environment, "SERVICE_NAME": "ob-ai-studio-test"}
 
 
-@pytest.fixture(autouse=True)
-def _metrics_end_here():
-    yield
-    metrics.name("")
-    metrics.take(log.Clock().now())
-
-
 def poll(client, clock, seconds=15):
     clock.advance(seconds)
     return call(client, "POST", "/dev/runpod-poll")

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from chalicelib import metrics
 from chalicelib.errors import TransientError
 from chalicelib.metrics import METRICS
 from chalicelib.r2 import R2
@@ -18,12 +17,6 @@ NO_WORKER = {"workers": {"idle": 0}, "hold": True}
 @pytest.fixture
 def environment(environment):
     return {**environment, "SERVICE_NAME": "s"}
-
-
-@pytest.fixture(autouse=True)
-def _metrics_end_here():
-    yield
-    metrics.name("")
 
 
 @pytest.fixture
