@@ -25,11 +25,16 @@ def check(values: Mapping[str, str]) -> None:
     for name in DEADLINES:
         if values.get(name, "").startswith(parameters.PREFIX):
             raise Problem(f"{name} must stand here itself, not in SSM Parameter Store: alarms follow from it.")
+
+
+def warning(values: Mapping[str, str]) -> str:
+    """What of these values comes to nothing, if anything."""
     if "DEPLOY_DAILY_USD" in values and not any(model.price for model in _models()):
-        raise Problem(
-            "DEPLOY_DAILY_USD wants the price of a model in chalicelib/models.json (price_per_second): without one no "
-            "cost is known, and its alarm never goes off."
+        return (
+            "DEPLOY_DAILY_USD bounds nothing: no model in chalicelib/models.json has a price_per_second, so no cost is "
+            "known, and the alarm never goes off."
         )
+    return ""
 
 
 def resources(values: Mapping[str, str]) -> Resources:

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tools import Problem, bundle, template
+from tools import Problem, alarms, bundle, template
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / ".chalice" / "config.json"
@@ -85,6 +85,8 @@ def package(stage: str, values: dict[str, str], folder: Path) -> None:
     text = json.dumps(template.fill(made.template, values), indent=1)
     (folder / "template.json").write_text(text + "\n", encoding="utf-8")
     _say_what_was_made(folder)
+    if odd := alarms.warning(values):
+        print(f"Look at this: {odd}", flush=True)
 
 
 def _say_what_was_made(folder: Path) -> None:

@@ -44,7 +44,11 @@ results = service.results
 
 def store(name, *sources):
     job = Job(id=name, created_at="2026-01-31T00:00:00.000Z", attempt=1)
-    return results.keep(job, Findings(sources), Deadline(Clock(), 120.0), age=timedelta(0)).files
+    for _ in range(3):  # as the rounds do, where a busy machine's bucket is silent for too long
+        kept = results.keep(job, Findings(sources), Deadline(Clock(), 120.0), age=timedelta(0))
+        if kept.error is None:
+            break
+    return kept.files
 
 given = json.loads(sys.argv[1])
 store("warm", Link(given["small"]))

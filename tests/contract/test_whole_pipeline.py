@@ -55,7 +55,7 @@ def test_a_dozen_jobs_end_with_their_pictures_as_recorded(
     ids = []
     for n, prompt in enumerate(PROMPTS):
         # The first half is sent at once, the second by the first round.
-        monkeypatch.setattr(service.store, "calls_left", lambda left=1000 if n < 6 else 0: left)
+        monkeypatch.setattr(service.store, "calls_left", lambda left=1000 if n < 6 else 50: left)
         ids.append(create(service, prompt, shape=shapes[n % 3]))
 
     done = until_all_are_final(service, ids)

@@ -443,8 +443,8 @@ MUTANTS = [
     Mutant(
         "a claim does not look whether an endpoint is paused",
         "queries.sql",
-        "          AND coalesce(deadline_at > :now, true) AND NOT ({is_paused})\n",
-        "          AND coalesce(deadline_at > :now, true)\n",
+        "          AND NOT ({is_paused})\n        ORDER BY due_at\n        LIMIT CAST(:limit AS INTEGER)\n",
+        "        ORDER BY due_at\n        LIMIT CAST(:limit AS INTEGER)\n",
     ),
     Mutant(
         "a create does not look whether an endpoint is paused",

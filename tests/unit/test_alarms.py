@@ -400,3 +400,13 @@ def test_readme_says_what_they_cost(made):
     print(said)
 
     assert said in " ".join(README.split())
+
+
+def test_a_budget_without_any_price_is_warned_of(monkeypatch):
+    class Priced:
+        price = 0.001
+
+    assert "price_per_second" in alarms.warning(TOLD)
+    assert alarms.warning({}) == ""
+    monkeypatch.setattr(alarms, "_models", lambda: [Priced])
+    assert alarms.warning(TOLD) == ""
