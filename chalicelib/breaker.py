@@ -19,8 +19,9 @@ PAUSES = (60, 120, 300, 600)  # seconds; the last one again and again
 PROBE_SECONDS = 60  # after which another job tries it, if nothing was heard of the first
 RUN_SECONDS = 600  # the same, where the run of the first is under way
 
-# What is no error of the endpoint: too many calls at once, and an input that RunPod itself refuses.
-NOT_ITS_FAULT = {"runpod_busy", "runpod_refused"}
+# What is no error of the endpoint: too many calls at once, an input that RunPod itself refuses, and a job that has been
+# sent too often.
+NOT_ITS_FAULT = {"runpod_busy", "runpod_refused", "submit_unknown"}
 # What a worker has made of a run, such that another one of its runs might end in the same way.
 OF_RUNS = {"worker_failed", "no_output", "unknown_type", "base64_invalid", "local_path", "run_deadline"}
 SENTENCE_CHARS = 300
@@ -42,6 +43,8 @@ def judge(changes: Iterable[Change]) -> list[dict[str, Any]]:
 def _what_works(change: Change) -> str | None:
     if change.event == "submitted":
         return None if change.detail.get("adopted") else "call"  # then nobody's call was answered
+    if change.error and change.error.code == "runpod_refused":  # it has looked at the input
+        return "call"
     # What could not be put into R2 was drawn all the same.
     is_drawn = change.event == "done" or (
         change.event == "store_failed" and change.error and change.error.service == "r2"

@@ -243,22 +243,28 @@ WHERE id IN (
   SELECT id
   FROM (
     SELECT
-      jobs.id, over.most,
-      row_number() OVER (
-        PARTITION BY over.endpoint_id ORDER BY jobs.failures + jobs.attempt - jobs.attempt_base, jobs.id
-      ) AS nth
+      id, nth,
+      sum((SELECT length(one.prompt) + coalesce(length(one.input), 0) FROM jobs AS one WHERE one.id = ranked.id)) OVER (ORDER BY nth, id) AS bytes
     FROM (
-      SELECT endpoint_id, min(iif(kind = 'run', 1 << min(pauses, 5), 1)) AS most
-      FROM endpoint_faults
-      WHERE paused_until IS NOT NULL
-      GROUP BY endpoint_id
-      HAVING max(paused_until) <= :now
-    ) AS over
-    CROSS JOIN jobs
-    WHERE jobs.status IN ('queued', 'running') AND jobs.step = 'submit' AND jobs.due_at <= :now
-      AND coalesce(jobs.deadline_at > :now, true) AND {endpoint} = over.endpoint_id
+      SELECT
+        jobs.id, over.most,
+        row_number() OVER (
+          PARTITION BY over.endpoint_id ORDER BY jobs.failures + jobs.attempt - jobs.attempt_base, jobs.id
+        ) AS nth
+      FROM (
+        SELECT endpoint_id, min(iif(kind = 'run', 1 << min(pauses, 5), 1)) AS most
+        FROM endpoint_faults
+        WHERE paused_until IS NOT NULL
+        GROUP BY endpoint_id
+        HAVING max(paused_until) <= :now
+      ) AS over
+      CROSS JOIN jobs
+      WHERE jobs.status IN ('queued', 'running') AND jobs.step = 'submit' AND jobs.due_at <= :now
+        AND coalesce(jobs.deadline_at > :now, true) AND {endpoint} = over.endpoint_id
+    ) AS ranked
+    WHERE nth <= most
   )
-  WHERE nth <= most
+  WHERE nth = 1 OR bytes <= CAST(:bytes AS INTEGER)
   ORDER BY nth
   LIMIT CASE WHEN :max_running IS NULL THEN -1 ELSE max(0, CAST(:max_running AS INTEGER) - {at_runpod}) END
 )
@@ -287,22 +293,21 @@ WHERE id IN (
   FROM (
     SELECT
       id, late,
-      row_number() OVER oldest AS nth,
-      sum(length(prompt) + coalesce(length(input), 0)) OVER oldest AS bytes
+      row_number() OVER oldest AS nth, sum(NOT late) OVER oldest AS runs,
+      sum(iif(late, 0, length(prompt) + coalesce(length(input), 0))) OVER oldest AS bytes
     FROM (
       SELECT id, due_at, '' AS prompt, NULL AS input, true AS late, false AS low
       FROM (
         SELECT id, due_at
         FROM jobs
         -- Among the oldest they are found below, where nothing keeps these from being claimed.
-        WHERE (:max_running IS NOT NULL OR EXISTS (SELECT 1 FROM endpoint_faults WHERE paused_until IS NOT NULL))
-          AND status IN ('queued', 'running') AND step = 'submit' AND deadline_at <= :now
-        LIMIT CAST(:limit AS INTEGER)
+        WHERE status IN ('queued', 'running') AND step = 'submit' AND deadline_at < :now
+        LIMIT iif(:max_running IS NOT NULL OR EXISTS (SELECT 1 FROM endpoint_faults WHERE paused_until IS NOT NULL), CAST(:limit AS INTEGER), 0)
       )
       UNION ALL
       SELECT id, due_at, prompt, input, late, false AS low
       FROM (
-        SELECT id, due_at, prompt, input, coalesce(deadline_at <= :now, false) AS late
+        SELECT id, due_at, prompt, input, coalesce(deadline_at < :now, false) AS late
         FROM jobs
         WHERE status IN ('queued', 'running') AND step = 'submit' AND due_at <= :now AND (priority <> 'low' OR created_at <= :low_since OR deadline <= CAST(:low_deadline AS INTEGER))
           AND NOT ({is_paused})
@@ -333,7 +338,7 @@ WHERE id IN (
     )
     WINDOW oldest AS (ORDER BY late DESC, low, due_at, id)
   )
-  WHERE (nth = 1 OR bytes <= CAST(:bytes AS INTEGER)) AND CASE WHEN late OR :max_running IS NULL THEN true ELSE nth + {at_runpod} <= CAST(:max_running AS INTEGER) END
+  WHERE (nth = 1 OR bytes <= CAST(:bytes AS INTEGER)) AND CASE WHEN late OR :max_running IS NULL THEN true ELSE runs + {at_runpod} <= CAST(:max_running AS INTEGER) END
 )
 
 
@@ -421,11 +426,11 @@ SELECT 1 AS live FROM jobs INDEXED BY jobs_due WHERE status IN ('queued', 'runni
 SELECT
   count(*) FILTER (WHERE step IN ('submit', 'submitting')) AS Queued,
   max(CASE WHEN step = 'submit' THEN
-    (julianday(:now) - julianday(coalesce((
+    (julianday(:now) - julianday(coalesce(CASE WHEN version > 1 THEN (
       SELECT max(line.at)
       FROM job_events AS line
       WHERE line.job_id = jobs.id AND line.event IN ('created', 'retried', 'attempt_lost', 'possible_duplicate')
-    ), created_at))) * 86400
+    ) END, created_at))) * 86400
   END) AS OldestQueued,
   count(*) FILTER (WHERE step = 'poll') AS Running,
   max(CASE WHEN step = 'poll' THEN (julianday(:now) - julianday(coalesce(submitted_at, updated_at))) * 86400 END) AS OldestRunning,
@@ -460,8 +465,8 @@ LIMIT 10
 -- read only where it is sent.
 SELECT
   id, status, step, version, attempt, failures, due_at, intent_version, runpod_job_id, endpoint_id, model,
-  CASE WHEN step = 'submitting' THEN prompt END AS prompt,
-  CASE WHEN step = 'submitting' THEN input END AS input,
+  CASE WHEN step = 'submitting' AND coalesce(deadline_at >= :now, true) THEN prompt END AS prompt,
+  CASE WHEN step = 'submitting' AND coalesce(deadline_at >= :now, true) THEN input END AS input,
   CASE WHEN step = 'submitting' THEN pictures END AS pictures,
   CASE WHEN step = 'store' THEN outputs END AS outputs,
   CASE WHEN step = 'store' THEN links END AS links,

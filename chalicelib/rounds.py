@@ -182,7 +182,8 @@ class Round:
     def _claim(self, ignore_due: bool, measure: bool) -> Claimed:
         """What is due; a result that must be stored alone is not yet claimed."""
         left = self.deadline.left()
-        submits = SUBMITS_PER_ROUND if left > SUBMIT_BUDGET and not self._saves_refused else 0
+        may_send = left > SUBMIT_BUDGET and not self._saves_refused and not self._has_too_few_calls()
+        submits = SUBMITS_PER_ROUND if may_send else 0
         # A poll that is claimed and not begun is one more row to save, and is looked at a round later.
         polls = int(POLLS_PER_SECOND * max(0.0, min(POLLING_SECONDS, left - POLL_BUDGET)))
         nonce = self.doubtful.take() or new_nonce(self.rng)
@@ -239,14 +240,20 @@ class Round:
         return Outcome()
 
     def _submit(self, job: Job) -> Outcome:
-        too_few = self.store.has_few_calls(CALLS_KEPT_FOR_SAVES)  # as the answer to the claim has said
         endpoint = job.endpoint_id or ""
         fails = self._failed_calls[endpoint] >= breaker.MOST["call"]  # the table will know it with the next save
+        too_few = self._has_too_few_calls()  # as the answer to the claim may have said
         if self.deadline.left() < SUBMIT_BUDGET or self._saves_refused or too_few or fails:
             return Outcome(change=moves.return_unsent(job, now=self.clock.now()))
         change = self.steps.submit(job, self.deadline)
-        self._failed_calls[endpoint] = self._failed_calls[endpoint] + 1 if breaker.what_fails(change) else 0
+        if change.accepted:
+            self._failed_calls[endpoint] = 0
+        elif breaker.what_fails(change):
+            self._failed_calls[endpoint] += 1
         return Outcome(change=change)
+
+    def _has_too_few_calls(self) -> bool:
+        return self.store.has_few_calls(CALLS_KEPT_FOR_SAVES)
 
     def _poll(self, job: Job) -> Outcome:
         if self.deadline.left() < POLL_BUDGET:

@@ -461,8 +461,8 @@ MUTANTS = [
     Mutant(
         "an endpoint stays paused where its last job died",
         "queries.sql",
-        "      HAVING max(paused_until) <= :now\n",
-        "      HAVING max(paused_until) <= :now AND NOT max(probing)\n",
+        "        HAVING max(paused_until) <= :now\n",
+        "        HAVING max(paused_until) <= :now AND NOT max(probing)\n",
     ),
     Mutant(
         "what works does not end a pause",
@@ -473,7 +473,7 @@ MUTANTS = [
     Mutant(
         "a claim does not look how many runs there are",
         "queries.sql",
-        "ELSE nth + {at_runpod} <= CAST(:max_running AS INTEGER) END",
+        "ELSE runs + {at_runpod} <= CAST(:max_running AS INTEGER) END",
         "ELSE true END",
     ),
     Mutant(

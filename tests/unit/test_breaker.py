@@ -416,6 +416,57 @@ def test_behind_very_many_a_job_still_ends_at_its_deadline(two_at_once, bench, t
     assert bench.job(late).error_code == "total_deadline"
 
 
+def test_late_jobs_take_no_places_from_others(environment, bench, table):
+    environment["MAX_RUNNING"] = "10"
+    bench.service = bootstrap.build(settings.load(environment), bench.clock)
+    rows = ", ".join(f"('{n:03}', 'queued', 'submit', '2026-01-31T23:00:00.000Z', '2026')" for n in range(30))
+    table(f"INSERT INTO jobs (id, status, step, created_at, due_at) VALUES {rows}")
+    table("UPDATE jobs SET deadline_at = '2026-01-31T23:30:00.000Z' WHERE id < '010'")
+    bench.round()
+
+    assert sent(bench.cloud) == 10
+    assert {bench.job(f"{n:03}").error_code for n in range(10)} == {"total_deadline"}
+
+
+def test_large_inputs_that_come_too_late_stop_no_round(bench, table):
+    refuse_calls(bench, 5)
+    values = "'queued', 'submit', '2026-01-31', '', '2026-01-31', hex(zeroblob(200000))"
+    rows = ", ".join(f"('{n:03}', {values})" for n in range(90))
+    table(f"INSERT INTO jobs (id, status, step, created_at, due_at, deadline_at, input) VALUES {rows}")
+    bench.round()
+
+    assert {bench.job(f"{n:03}").error_code for n in range(90)} == {"total_deadline"}
+
+
+def test_with_few_calls_left_none_is_claimed_to_be_given_back(bench, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.service.store, "calls_left", lambda: 50)
+        job_id = bench.create()
+    monkeypatch.setattr(bench.service.store, "calls_left", lambda: 15)
+    for _ in range(3):
+        bench.round()
+
+    assert bench.timeline(job_id) == ["created"]
+
+
+def test_jobs_that_were_sent_too_often_are_no_fault_of_the_endpoint(bench, table):
+    for _ in range(6):
+        bench.create(simulate={"queue_seconds": 9000})
+    table("UPDATE jobs SET step = 'submit', status = 'queued', attempt = 9, runpod_job_id = NULL, due_at = ''")
+    bench.round()
+
+    assert {job.error_code for job in bench.jobs()} == {"submit_unknown"}
+    assert faults_in(table) == {}
+
+
+def test_an_endpoint_that_refuses_an_input_has_looked_at_it(bench, table):
+    refuse_calls(bench, 5)
+    bench.faults.add(RUN, (400, {"detail": "bad input"}))
+    bench.round(after=61)
+
+    assert faults_in(table) == {}
+
+
 def test_a_low_job_comes_after_the_others_there_too(environment, bench):
     environment["MAX_RUNNING"] = "1"
     service = bootstrap.build(settings.load(environment), bench.clock)
