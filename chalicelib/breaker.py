@@ -2,7 +2,8 @@
 The circuit breaker: an endpoint that answers only errors is paused, and its jobs stay in our queue. Pure functions.
 
 Two kinds of errors are counted, each in a row: of a `call`, which has not taken a run, and of a `run`, which a worker
-has failed. What works ends the count. After a pause one job tries the endpoint; the others wait for what comes of it.
+has failed. What works ends the count. After a pause one job tries the endpoint, or some where runs have failed; the
+others wait for what comes of it.
 """
 
 import json

@@ -55,11 +55,6 @@ def name(service: str) -> None:
     _service = service
 
 
-def are_on() -> bool:
-    """Whether any are kept."""
-    return bool(_service)
-
-
 def count(metric: str, number: float = 1) -> None:
     """Add to what was counted since the last record."""
     if _service:

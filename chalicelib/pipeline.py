@@ -191,8 +191,8 @@ class Pipeline:
         It also names the run whose answer to /run was lost. Raises RequestError where it is not genuine.
         """
         number, run_id = self.webhooks.read(job_id, attempt, token, body)
-        calls_left = self._calls_left()
-        if calls_left < CALLS_KEPT_FOR_ROUNDS:  # RunPod repeats what it has no 2xx for
+        few_calls = self.store.has_few_calls(CALLS_KEPT_FROM_WEBHOOKS)
+        if self.store.has_few_calls(CALLS_KEPT_FOR_ROUNDS):  # RunPod repeats what it has no 2xx for
             raise TransientError("webhook_later", "There are too few D1 calls left for this now; call again.")
         job = self._get(job_id, deadline)
         live = job.state in (State.SUBMIT, State.SUBMITTING, State.POLL)
@@ -202,7 +202,7 @@ class Pipeline:
             return self._adopt(job, run_id, deadline)
         if job.runpod_job_id != run_id:
             return "nothing to do"
-        if calls_left < CALLS_KEPT_FROM_WEBHOOKS:
+        if few_calls:
             return "left to the next round"
         self._tell(self._look_until_seen(job, deadline), deadline)
         return "looked at"
@@ -228,10 +228,6 @@ class Pipeline:
         if job.state in FINAL and job.callback_url:
             self.courier().run(deadline.less(max(0.0, deadline.left() - TOLD_WITHIN)), job_id=job.id)
 
-    def _calls_left(self) -> float:
-        calls_left = self.store.calls_left()
-        return math.inf if calls_left is None else calls_left
-
     def _adopt(self, job: Job, run_id: str, deadline: Deadline) -> str:
         # Nobody but this callback knows the run's id; the rounds could only send the job again.
         change = self.steps.adopt(job, run_id, deadline)
@@ -243,7 +239,7 @@ class Pipeline:
         won = next((one.job for one in saved.won if one.job.id == job.id), None)  # beside what was left over
         if won is None:
             return "nothing to do"
-        if self._calls_left() >= CALLS_KEPT_FROM_WEBHOOKS:
+        if not self.store.has_few_calls(CALLS_KEPT_FROM_WEBHOOKS):
             self._tell(self.look_at(won, deadline), deadline)
         return "adopted"
 
@@ -266,7 +262,7 @@ class Pipeline:
         return change
 
     def _may_send(self, deadline: Deadline) -> bool:
-        if self._calls_left() < CALLS_KEPT_FOR_ROUNDS:
+        if self.store.has_few_calls(CALLS_KEPT_FOR_ROUNDS):
             return False
         # While D1 does not take outcomes it must not be owed another one, for a paid run.
         return self.saver.flush(deadline).error is None

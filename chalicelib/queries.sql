@@ -788,6 +788,11 @@ WHERE kind = 'run' AND probing AND endpoint_id IN (
 )
 
 
+-- part: pauses_it
+-- Whether one more failure pauses an endpoint: a job has tried it in vain, or there are too many in a row.
+probing OR (paused_until IS NULL AND failures + excluded.failures >= json_extract(:most, '$.' || kind))
+
+
 -- name: count_faults
 -- What fails is counted, but where something has worked in this batch. From so many on the endpoint is paused; again and for longer,
 -- where a job has tried it in vain. What else still fails there was sent before, and is only counted.
@@ -807,11 +812,11 @@ WHERE NOT works AND endpoint_id IS NOT NULL
 ON CONFLICT DO UPDATE SET
   failures = failures + excluded.failures,
   paused_until = CASE
-    WHEN probing OR (paused_until IS NULL AND failures + excluded.failures >= json_extract(:most, '$.' || kind))
+    WHEN {pauses_it}
     THEN json_extract(:pauses, '$[' || min(pauses, json_array_length(:pauses) - 1) || ']')
     ELSE paused_until
   END,
-  pauses = pauses + (probing OR (paused_until IS NULL AND failures + excluded.failures >= json_extract(:most, '$.' || kind))),
+  pauses = pauses + ({pauses_it}),
   probing = 0, code = excluded.code, sentence = excluded.sentence
 RETURNING endpoint_id, paused_until, code, sentence, paused_until IN (SELECT value FROM json_each(:pauses)) AS is_news
 

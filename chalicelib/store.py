@@ -120,11 +120,8 @@ class Store:
 
     def _query(self, statements: list[Statement], timeout: float, *, to_the_last: bool = False) -> list[list[Row]]:
         found = self._d1.query(statements, timeout=timeout, to_the_last=to_the_last)
-        for row in (row for rows in found for row in rows):
-            if LINE <= row.keys():
-                log.happened(row["event"], row["job_id"], attempt=row["attempt"])
-            elif row.get("is_news"):
-                log.endpoint(row["endpoint_id"], row["code"], row["sentence"], until=row["paused_until"])
+        for rows in found:
+            _log_news(rows)
         return found
 
     def calls_left(self) -> int | None:
@@ -418,6 +415,17 @@ class Store:
         names = ["prove_writing", "read_survey", "read_signs_of_rounds", "select_paused", "count_failures"]
         _, (row,), (rounds,), paused, failures = self._run(names, values, timeout=timeout)
         return Survey(**row, rounds=rounds, paused=paused, failures=failures)
+
+
+def _log_news(rows: list[Row]) -> None:
+    """Log what a statement has done by itself; all rows of one have the same columns."""
+    if rows and LINE <= rows[0].keys():
+        for row in rows:
+            log.happened(row["event"], row["job_id"], attempt=row["attempt"])
+    elif rows and "is_news" in rows[0]:
+        for row in rows:
+            if row["is_news"]:
+                log.endpoint(row["endpoint_id"], row["code"], row["sentence"], until=row["paused_until"])
 
 
 def _measured(jobs: list[Row], spool: list[Row], waiting: list[Row]) -> Measured:

@@ -12,7 +12,7 @@ from chalicelib.r2 import R2
 from chalicelib.runpod import Runpod, Verdict
 from chalicelib.wire import Wire
 from tests.conftest import put
-from tools.cloud import Account, LocalCloud, Request
+from tools.cloud import LocalCloud, Request
 from tools.cloud.render import draw
 
 PNG = draw("a cat")
@@ -26,17 +26,8 @@ def endpoints():
 
 
 @pytest.fixture
-def cloud(tmp_path, clock, endpoints):
-    """As ./run has it: with the rate limit."""
-    made = LocalCloud(
-        tmp_path / "cloud",
-        base_url="http://cloud.test:8001",
-        account=Account(endpoints=endpoints),
-        clock=lambda: clock.at.timestamp(),
-        rate_limited=True,
-    )
-    yield made
-    made.close()
+def rate_limited():
+    return True
 
 
 def simulate(cloud, wish):
